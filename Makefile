@@ -1,0 +1,62 @@
+# Every target makes its own virtual environment first; PYTHON=python3.12 chooses another Python.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capability/*)
+
+.PHONY: help install finetune finetune-short test test-slow bench check format info clean
+
+help:
+	@echo "make finetune   the main job: fine-tune a small encoder on real data (about two minutes)"
+	@echo "make test       all tests"
+	@echo "make test-slow  the long sweeps too"
+	@echo "make bench      benchmarks against torch.optim.AdamW"
+	@echo "make check      ruff and mypy"
+	@echo "make info       what is installed, which backend serves what, a self-check"
+
+install: $(VENV)/.installed
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or later is needed; name one with 'make PYTHON=python3.12 ...'"; exit 1; }
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+		echo "python3 -m venv failed; on Debian: apt install python3-venv"; exit 1; }
+
+# torch comes first and builds are not isolated: isolation would fetch a second torch to build against.
+$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+	@echo "installing torch and the build tools into $(VENV) ..."
+	@$(PIP) torch setuptools ninja
+	@echo "building the extension and installing childtune_kernels ..."
+	@$(PIP) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+finetune: install
+	$(BIN)/python examples/finetune.py
+
+finetune-short: install
+	$(BIN)/python examples/finetune.py --short
+
+test: install
+	$(BIN)/python -m pytest
+
+test-slow: install
+	$(BIN)/python -m pytest -m 'slow or not slow'
+
+bench: install
+	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+info: install
+	$(BIN)/python -m childtune_kernels info
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info childtune_kernels/_C*.so childtune_kernels/_extension_absent.txt

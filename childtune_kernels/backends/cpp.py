@@ -1,0 +1,128 @@
+"""The C++ column: loads the extension, or keeps the reason why it is absent.
+
+``CHILDTUNE_CPU_CAPABILITY`` (``baseline``, ``avx2`` or ``avx512``) forces an instruction set; without it
+the best one this processor has is used.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan_row import GROUP_FIELDS, ROW_FIELDS, IndexMap
+
+CAPABILITIES = ("baseline", "avx2", "avx512")
+CAPABILITY_VARIABLE = "CHILDTUNE_CPU_CAPABILITY"
+REMEDY = (
+    "install a C++17 compiler (g++ or clang++) and reinstall with "
+    "'pip install --no-build-isolation .', without CHILDTUNE_BUILD_EXT=0"
+)
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+@functools.cache
+def load() -> str | None:
+    """Load the extension once; None, or the reason why it cannot serve."""
+    libraries = sorted(_PACKAGE.glob("_C*.so"))
+    if not libraries:
+        note = _PACKAGE / "_extension_absent.txt"
+        if note.exists():
+            return note.read_text().strip()
+        return "the extension was not built with this installation"
+    try:
+        torch.ops.load_library(str(libraries[-1]))
+    except OSError as error:
+        return f"{libraries[-1].name} does not load: {error.__cause__ or error}"
+    kernels = torch.ops.childtune_kernels
+    if (kernels.row_fields(), kernels.group_fields()) != (ROW_FIELDS, GROUP_FIELDS):
+        return f"{libraries[-1].name} was built from another version of the sources; rebuild it"
+    return None
+
+
+def supported_capabilities() -> list[str]:
+    """The instruction sets that this build and this processor share, the best one last."""
+    if load() is not None:
+        return []
+    has = torch.ops.childtune_kernels.has_capability
+    return [name for code, name in enumerate(CAPABILITIES) if has(code)]
+
+
+@functools.cache
+def _capability(forced: str | None) -> int:
+    supported = supported_capabilities()
+    name = forced or supported[-1]
+    if name not in supported:
+        raise RuntimeError(
+            f"{CAPABILITY_VARIABLE}={name!r} cannot be used: this processor and build offer "
+            f"{', '.join(supported)}; unset the variable or name one of these"
+        )
+    return CAPABILITIES.index(name)
+
+
+def capability() -> int:
+    """The code of the instruction set in use.
+
+    Raises:
+        RuntimeError: ``CHILDTUNE_CPU_CAPABILITY`` names one that is unknown or not supported here.
+    """
+    return _capability(os.environ.get(CAPABILITY_VARIABLE))
+
+
+def child_adamw_(rows: Sequence[Any], row_table: Tensor, group_table: Tensor) -> None:
+    """Update every active row in place (contract: ops.child_adamw_)."""
+    del rows
+    torch.ops.childtune_kernels.child_adamw_(row_table, group_table, capability())
+
+
+def keep_words(
+    numel: int,
+    element_map: IndexMap,
+    key: int,
+    step: int,
+    purpose: int,
+    threshold: int,
+    device: torch.device,
+) -> Tensor:
+    """Keep bits as mask words (contract: ops.keep_words)."""
+    words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=device)
+    columns = torch.tensor(element_map.columns(), dtype=torch.int64)
+    torch.ops.childtune_kernels.keep_words_(
+        words,
+        numel,
+        columns,
+        element_map.is_contiguous,
+        key - (key >> 63 << 64),
+        step,
+        purpose,
+        threshold,
+        capability(),
+    )
+    return words
+
+
+def pack_mask(mask: Tensor) -> Tensor:
+    """Mask words of a bool tensor (contract: ops.pack_mask)."""
+    mask = mask.contiguous()
+    words = torch.empty((mask.numel() + 31) // 32, dtype=torch.int32)
+    torch.ops.childtune_kernels.pack_mask_(mask, words, capability())
+    return words
+
+
+def unpack_mask(words: Tensor, numel: int) -> Tensor:
+    """A bool tensor of mask words (contract: ops.unpack_mask)."""
+    mask = torch.empty(numel, dtype=torch.bool)
+    torch.ops.childtune_kernels.unpack_mask_(words.contiguous(), mask, capability())
+    return mask
+
+
+def count_mask(words: Tensor) -> int:
+    """The number of set bits (contract: ops.count_mask)."""
+    count: int = torch.ops.childtune_kernels.count_mask(words.contiguous(), capability())
+    return count

@@ -1,0 +1,278 @@
+"""ChildMask: named, bitpacked masks of a child network (SPEC.md, "Bit layout" and section 6)."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import TypeVar
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from . import ops
+from .labels import label_of
+
+FORMAT = "childtune_kernels.child_mask"
+VERSION = "1"
+
+_V = TypeVar("_V")
+
+
+class ChildMask:
+    """The weights of a child network, one bit each, by parameter.
+
+    A mask has a scope: parameters with words, and parameters that train densely (``dense_names``), for
+    which it holds no bits. It is made by ``from_dense`` or ``load`` and does not change afterwards.
+
+    Attributes:
+        words: label → int32 mask words, shape ``[ceil(numel / 32)]``; child bit of element e is bit
+            e mod 32 of word e div 32, bits past the end are 0.
+        shapes: label → shape of the parameter.
+        dense_names: labels in the scope that train densely.
+    """
+
+    words: Mapping[str, Tensor]
+    shapes: Mapping[str, torch.Size]
+    dense_names: frozenset[str]
+
+    def __init__(
+        self,
+        words: Mapping[str, Tensor],
+        shapes: Mapping[str, Iterable[int]],
+        dense: Iterable[str] = (),
+    ) -> None:
+        """Take words as they are; ``from_dense`` is the usual way.
+
+        Raises:
+            ValueError: names that do not agree, words that do not fit their shape, no parameter.
+        """
+        by_label = _by_label(words)
+        sizes = {label: torch.Size(shape) for label, shape in _by_label(shapes).items()}
+        dense_names = frozenset(_by_label({name: name for name in dense}))
+        if by_label.keys() != sizes.keys():
+            odd = sorted(by_label.keys() ^ sizes.keys())
+            raise ValueError(f"words and shapes name different parameters: {', '.join(odd[:8])}")
+        both = sorted(dense_names & by_label.keys())
+        if both:
+            raise ValueError(
+                f"{', '.join(both[:8])} cannot be dense and have a mask; name them once"
+            )
+        if not by_label and not dense_names:
+            raise ValueError("a child mask needs at least one parameter")
+        for label, tensor in by_label.items():
+            ops.check_words(label, tensor, sizes[label].numel())
+        self.words = MappingProxyType(by_label)
+        self.shapes = MappingProxyType(sizes)
+        self.dense_names = dense_names
+
+    @classmethod
+    def from_dense(cls, masks: Mapping[str, Tensor], dense: Iterable[str] = ()) -> ChildMask:
+        """Pack bool tensors.
+
+        Args:
+            masks: parameter name → bool tensor of the parameter's shape, True in the child. Wrappers'
+                prefixes are taken off the names.
+            dense: names of parameters that train densely: known to the mask, without bits.
+
+        Raises:
+            ValueError: a tensor that is not bool, a name twice, no parameter at all.
+        """
+        labelled = _by_label(masks)
+        for label, mask in labelled.items():
+            if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+                kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
+                raise ValueError(f"mask of {label}: {kind}; a bool tensor is needed, compare first")
+        words = {label: ops.pack_mask(mask) for label, mask in labelled.items()}
+        return cls(words, {label: mask.shape for label, mask in labelled.items()}, dense)
+
+    @property
+    def names(self) -> list[str]:
+        """The labels in the scope: those with words in their order, then the dense ones sorted."""
+        return [*self.words, *sorted(self.dense_names)]
+
+    def __contains__(self, name: str) -> bool:
+        return label_of(name) in self.words or label_of(name) in self.dense_names
+
+    def dense(self, name: str) -> Tensor:
+        """The bool tensor of one parameter, in its shape.
+
+        Raises:
+            KeyError: no words under this name (it trains densely, or is not in the mask).
+        """
+        label = self._label_with_words(name)
+        return ops.unpack_mask(self.words[label], self.shapes[label])
+
+    def count(self, name: str | None = None) -> int:
+        """The number of child elements, of one parameter or of all that have words."""
+        labels = self.words if name is None else [self._label_with_words(name)]
+        return sum(ops.count_mask(self.words[label]) for label in labels)
+
+    def numel(self, name: str | None = None) -> int:
+        """The number of elements in scope, of one parameter or of all that have words."""
+        labels = self.words if name is None else [self._label_with_words(name)]
+        return sum(self.shapes[label].numel() for label in labels)
+
+    def density(self, name: str | None = None) -> float:
+        """The share of child elements among those in scope; parameters that train densely do not count.
+
+        Raises:
+            ValueError: there are no elements in scope.
+        """
+        numel = self.numel(name)
+        if numel == 0:
+            raise ValueError("density of a mask without elements in scope is undefined")
+        return self.count(name) / numel
+
+    def __and__(self, other: ChildMask) -> ChildMask:
+        """Elements in both. Raises ValueError where the scopes differ."""
+        return self._combined(other, torch.bitwise_and)
+
+    def __or__(self, other: ChildMask) -> ChildMask:
+        """Elements in either. Raises ValueError where the scopes differ."""
+        return self._combined(other, torch.bitwise_or)
+
+    def __invert__(self) -> ChildMask:
+        """The elements in scope that are not in the child; what trains densely still does."""
+        inverted = {
+            label: ops.pack_mask(~ops.unpack_mask(words, self.shapes[label]))
+            for label, words in self.words.items()
+        }
+        return ChildMask(inverted, self.shapes, self.dense_names)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, ChildMask):
+            return NotImplemented
+        return self._same_scope(other) and all(
+            torch.equal(words.cpu(), other.words[label].cpu())
+            for label, words in self.words.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def overlap(self, other: ChildMask) -> float:
+        """|a ∩ b| / |a|: the share of this child that is in the other too (the paper's Figure 3).
+
+        Raises:
+            ValueError: this child is empty, or the scopes differ.
+        """
+        count = self.count()
+        if count == 0:
+            raise ValueError("overlap of an empty child is undefined")
+        return (self & other).count() / count
+
+    def jaccard(self, other: ChildMask) -> float:
+        """|a ∩ b| / |a ∪ b|.
+
+        Raises:
+            ValueError: both children are empty, or the scopes differ.
+        """
+        union = (self | other).count()
+        if union == 0:
+            raise ValueError("jaccard of two empty children is undefined")
+        return (self & other).count() / union
+
+    def to(self, device: torch.device | str) -> ChildMask:
+        """The same mask with its words on a device."""
+        moved = {label: words.to(device) for label, words in self.words.items()}
+        return ChildMask(moved, self.shapes, self.dense_names)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the mask as safetensors (SPEC.md, section 6); a file appears only when it is whole."""
+        target = Path(path)
+        metadata = {
+            "format": FORMAT,
+            "version": VERSION,
+            "shapes": json.dumps({label: list(shape) for label, shape in self.shapes.items()}),
+            "dense": json.dumps(sorted(self.dense_names)),
+        }
+        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+        try:
+            save_file({k: v.cpu().contiguous() for k, v in self.words.items()}, partial, metadata)
+            os.replace(partial, target)
+        finally:
+            partial.unlink(missing_ok=True)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ChildMask:
+        """Read a mask written by ``save``.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: another kind of file, another version, or words that do not fit.
+        """
+        try:
+            with safe_open(path, framework="pt", device=str(device)) as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} is no child mask; ChildMask.save writes them")
+                if metadata.get("version") != VERSION:
+                    raise ValueError(
+                        f"{path} is a child mask of version {metadata.get('version')}; this "
+                        f"installation reads version {VERSION}: install a newer childtune_kernels"
+                    )
+                shapes = json.loads(metadata["shapes"])
+                words = {label: file.get_tensor(label) for label in shapes}
+                dense = json.loads(metadata["dense"])
+                if set(file.keys()) != set(shapes):
+                    raise ValueError(f"{path} holds tensors that its header does not name")
+            return cls(words, shapes, dense)
+        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path} is not a whole child mask: {error}") from error
+
+    def __repr__(self) -> str:
+        if self.numel() == 0:
+            return f"ChildMask({len(self.words)} parameters, {len(self.dense_names)} dense)"
+        return (
+            f"ChildMask({self.count():,} of {self.numel():,} elements in {len(self.words)} parameters, "
+            f"density {self.density():.4f}; {len(self.dense_names)} train densely)"
+        )
+
+    def _label_with_words(self, name: str) -> str:
+        label = label_of(name)
+        if label not in self.words:
+            why = "trains densely" if label in self.dense_names else "is not in this mask"
+            raise KeyError(
+                f"{label} {why}; the mask has words for {', '.join(list(self.words)[:6])}"
+            )
+        return label
+
+    def _same_scope(self, other: ChildMask) -> bool:
+        return dict(self.shapes) == dict(other.shapes) and self.dense_names == other.dense_names
+
+    def _combined(
+        self, other: ChildMask, operation: Callable[[Tensor, Tensor], Tensor]
+    ) -> ChildMask:
+        if not isinstance(other, ChildMask):
+            return NotImplemented
+        if not self._same_scope(other):
+            odd = sorted(
+                label
+                for label in {*self.names, *other.names}
+                if self.shapes.get(label) != other.shapes.get(label)
+                or (label in self.dense_names) != (label in other.dense_names)
+            )
+            raise ValueError(
+                f"the masks differ in scope at {', '.join(odd[:8])}; compare equal scopes"
+            )
+        combined = {
+            label: operation(words, other.words[label].to(words.device))
+            for label, words in self.words.items()
+        }
+        return ChildMask(combined, self.shapes, self.dense_names)
+
+
+def _by_label(named: Mapping[str, _V]) -> dict[str, _V]:
+    labelled: dict[str, _V] = {}
+    for name, value in named.items():
+        label = label_of(name)
+        if label in labelled:
+            raise ValueError(
+                f"the label {label!r} stands for two parameters of the mask; rename one"
+            )
+        labelled[label] = value
+    return labelled

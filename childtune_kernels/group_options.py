@@ -1,0 +1,136 @@
+"""The options of a parameter group: their checks and the numbers made of them (SPEC.md, eq. 3)."""
+
+from __future__ import annotations
+
+import difflib
+import math
+import numbers
+import operator
+import struct
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from .plan_row import GroupNumbers
+
+CHOICES = {
+    "convention": ("torch", "original"),
+    "child_state": ("dense",),
+    "master_weight": ("auto", "fp32", "none"),
+}
+FLAGS = ("freeze_non_child", "correct_bias", "maximize")
+NUMBERS = ("lr", "betas", "eps", "weight_decay", "reserve_p")
+# Accepted so that FusedChildAdamW drops into scripts written for torch.optim.AdamW.
+DROP_IN = ("amsgrad", "fused", "foreach")
+OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, *DROP_IN)
+GROUP_KEYS = (*OPTIONS, "seed", "params", "param_names", "child_mask")
+
+#: What a group's numbers depend on; compared by value at every step.
+numeric_options = operator.itemgetter(*NUMBERS, *FLAGS, "convention")
+
+
+def _number(name: str, value: Any, where: str) -> float:
+    if isinstance(value, torch.Tensor) and value.numel() == 1:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise ValueError(f"{name}={value!r} ({where}) must be a number")
+    if not math.isfinite(value) or value < 0:
+        raise ValueError(f"{name}={value!r} ({where}) must be finite and not negative")
+    return float(value)
+
+
+def _betas(value: Any, where: str) -> tuple[float, float]:
+    try:
+        beta1, beta2 = (_number("betas", beta, where) for beta in value)
+    except TypeError:
+        raise ValueError(f"betas={value!r} ({where}) must be two numbers") from None
+    if beta1 >= 1 or beta2 >= 1:
+        raise ValueError(f"betas={value!r} ({where}) must lie in [0, 1)")
+    return beta1, beta2
+
+
+def _threshold(reserve_p: Any, where: str) -> tuple[float, int]:
+    """p and T = round(p * 2**32) (eq. 3)."""
+    remedy = "use 1.0 to keep every gradient element, or keep the parameters out of the optimizer"
+    p = _number("reserve_p", reserve_p, where)
+    if p > 1:
+        raise ValueError(f"reserve_p={reserve_p!r} ({where}) must lie in (0, 1]")
+    threshold = round(p * 2**32)
+    if threshold == 0:
+        raise ValueError(f"reserve_p={reserve_p!r} ({where}) keeps no gradient element; {remedy}")
+    return p, threshold
+
+
+def _rounds_to_zero(eps: float) -> bool:
+    try:
+        return struct.unpack("f", struct.pack("f", eps))[0] == 0.0
+    except OverflowError:
+        return False
+
+
+def check_options(group: Mapping[str, Any], where: str) -> None:
+    """Refuse options that are no numbers: the choices and the drop-in ones.
+
+    Raises:
+        ValueError: names the option, its value and what it may be.
+    """
+    for name, allowed in CHOICES.items():
+        if group[name] not in allowed:
+            raise ValueError(f"{name}={group[name]!r} ({where}) must be one of {allowed}")
+    if group["amsgrad"]:
+        raise ValueError(f"amsgrad=True ({where}) is not supported; use amsgrad=False")
+    for key in group:
+        if key not in GROUP_KEYS:
+            near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.8)
+            if near:
+                raise ValueError(
+                    f"group key {key!r} ({where}) is no option; did you mean {near[0]!r}?"
+                )
+
+
+def group_numbers(group: Mapping[str, Any], has_fixed_mask: bool, where: str) -> GroupNumbers:
+    """The checked numbers of a group.
+
+    Raises:
+        ValueError: an option out of range, or an eps that fp32 rounds to 0 beside a mask (a dropped
+            element would be 0/0 in its first step).
+    """
+    beta1, beta2 = _betas(group["betas"], where)
+    reserve_p, threshold = _threshold(group["reserve_p"], where)
+    eps = _number("eps", group["eps"], where)
+    if (has_fixed_mask or reserve_p < 1) and _rounds_to_zero(eps):
+        raise ValueError(
+            f"eps={group['eps']!r} ({where}) is 0 in float32; with a mask a dropped element would "
+            "be 0/0 in its first step; use eps=1e-8"
+        )
+    for name in FLAGS:
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name}={group[name]!r} ({where}) must be True or False")
+    return GroupNumbers(
+        lr=_number("lr", group["lr"], where),
+        beta1=beta1,
+        beta2=beta2,
+        eps=eps,
+        weight_decay=_number("weight_decay", group["weight_decay"], where),
+        reserve_p=reserve_p,
+        threshold=threshold,
+        freeze_non_child=group["freeze_non_child"],
+        original_convention=group["convention"] == "original",
+        correct_bias=group["correct_bias"],
+        maximize=group["maximize"],
+    )
+
+
+def lr_for(reserve_p: float, lr: float) -> float:
+    """The learning rate at which CT_F moves weights as far as AdamW does at ``lr``.
+
+    Under Adam a constant gradient kept with probability p and scaled by 1/p moves a weight
+    sqrt(p) * lr a step (exp_avg keeps the gradient's mean, exp_avg_sq grows by 1/p), so the
+    comparable learning rate is ``lr / sqrt(reserve_p)``.
+
+    Raises:
+        ValueError: ``reserve_p`` outside (0, 1], ``lr`` not finite or negative.
+    """
+    p, _ = _threshold(reserve_p, "lr_for")
+    return _number("lr", lr, "lr_for") / math.sqrt(p)

@@ -1,0 +1,41 @@
+"""Labels of parameters and the Philox keys made of them (SPEC.md, eq. 4 and "Label")."""
+
+from __future__ import annotations
+
+import hashlib
+
+_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def label_of(name: str) -> str:
+    """The label of a parameter's name: the name without the prefixes that wrappers add.
+
+    ``module.`` goes at the front only (DataParallel and DistributedDataParallel); ``_orig_mod.``
+    (torch.compile), ``_fsdp_wrapped_module.`` and ``_checkpoint_wrapped_module.`` go anywhere.
+
+    Raises:
+        ValueError: nothing of the name is left.
+    """
+    components = [part for part in name.split(".") if part not in _WRAPPER_COMPONENTS]
+    while len(components) > 1 and components[0] == "module":
+        del components[0]
+    label = ".".join(components)
+    if not label:
+        raise ValueError(f"the parameter name {name!r} has no label; give the parameter a name")
+    return label
+
+
+def philox_key(seed: int, label: str) -> int:
+    """The 64-bit Philox key of a parameter, k0 in the low word (SPEC.md, eq. 4)."""
+    digest = hashlib.sha256((seed % 2**64).to_bytes(8, "little") + label.encode()).digest()
+    return int.from_bytes(digest[:8], "little")
+
+
+def positional_label(index: int) -> str:
+    """The label of the index-th parameter of an optimizer that was given no names."""
+    return f"#{index}"
+
+
+def is_positional(label: str) -> bool:
+    """Whether a label stands for a position and not for a name."""
+    return label.startswith("#")

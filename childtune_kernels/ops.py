@@ -1,0 +1,164 @@
+"""The contract of every op: arguments are checked here, once, and the chosen kernel is called."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import registry
+from .plan_row import DTYPE_CODES, IndexMap
+
+KEEP_ALL = 1 << 32
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The type in which a parameter of ``dtype`` is updated: fp64 for fp64, else fp32."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_parameter(label: str, parameter: Tensor) -> None:
+    """Refuse a parameter that no kernel can update.
+
+    Raises:
+        ValueError: complex, sparse, or another type than fp32, fp64, bf16 and fp16.
+    """
+    if parameter.layout != torch.strided:
+        raise ValueError(f"parameter {label}: layout {parameter.layout}; only dense tensors train")
+    if parameter.dtype not in DTYPE_CODES:
+        raise ValueError(
+            f"parameter {label}: dtype {parameter.dtype} is not supported; "
+            "use float32, float64, bfloat16 or float16"
+        )
+
+
+def check_gradient(label: str, parameter: Tensor, grad: Tensor) -> None:
+    """Refuse a gradient that does not fit its parameter.
+
+    Raises:
+        ValueError: sparse, another shape or device, or another type than the parameter's (or fp32,
+            for parameters of fp32 and below).
+    """
+    if grad.layout != torch.strided:
+        raise ValueError(
+            f"gradient of {label}: layout {grad.layout}; sparse gradients are not supported, use "
+            "sparse=False in the embedding or keep the parameter out of this optimizer"
+        )
+    if grad.dtype not in (parameter.dtype, torch.float32) or (
+        parameter.dtype == torch.float64 and grad.dtype != torch.float64
+    ):
+        raise ValueError(
+            f"gradient of {label}: dtype {grad.dtype} for a parameter of {parameter.dtype}; "
+            "it must be the parameter's own or float32"
+        )
+    if grad.shape != parameter.shape or grad.device != parameter.device:
+        raise ValueError(
+            f"gradient of {label}: {tuple(grad.shape)} on {grad.device} for a parameter of "
+            f"{tuple(parameter.shape)} on {parameter.device}; run backward again after a change"
+        )
+
+
+def child_adamw_(
+    rows: Sequence[Any], row_table: Tensor, group_table: Tensor, choice: registry.Choice
+) -> None:
+    """One AdamW step of the child networks of all active rows, in place (SPEC.md, eq. 1 to 12).
+
+    Args:
+        rows: the rows of a plan (step_plan.Row), for kernels that take tensors.
+        row_table: int64 ``[rows, ROW_WIDTH]``, the same rows for kernels that take pointers.
+        group_table: float64 ``[groups, GROUP_WIDTH]``, the numbers of the parameter groups.
+        choice: what ``registry.choose("child_adamw", device)`` gave for the plan's device.
+
+    Changes in place, for every row whose ``active`` is set: the parameter, exp_avg, exp_avg_sq, the
+    master weight, and the step (+1). Gradients are only read.
+    """
+    if choice.backend == "reference":
+        choice.module.child_adamw_(rows)
+    else:
+        choice.module.child_adamw_(rows, row_table, group_table)
+
+
+def keep_words(
+    numel: int,
+    element_map: IndexMap,
+    key: int,
+    step: int,
+    threshold: int,
+    purpose: int = 0,
+    device: torch.device | str = "cpu",
+    backend: str | None = None,
+) -> Tensor:
+    """The Bernoulli keep bits of one tensor in one step (SPEC.md, eq. 1 to 5).
+
+    Args:
+        numel: number of local elements.
+        element_map: from local indexes to element indexes.
+        key: 64-bit Philox key, k0 in the low word (``labels.philox_key``).
+        step: the parameter's step count, 1 on its first update; used modulo 2**32.
+        threshold: T of eq. 3, 1 .. 2**32.
+        purpose: the fourth counter word.
+
+    Returns:
+        int32 mask words of shape ``[ceil(numel / 32)]``; bits past the end are 0.
+
+    Raises:
+        ValueError: a threshold outside 1 .. 2**32.
+    """
+    if not 1 <= threshold <= KEEP_ALL:
+        raise ValueError(f"threshold={threshold} must be between 1 and 2**32")
+    device = torch.device(device)
+    choice = registry.choose("keep_words", device, backend)
+    words: Tensor = choice.module.keep_words(
+        numel, element_map, key, step, purpose, threshold, device
+    )
+    return words
+
+
+def pack_mask(mask: Tensor, backend: str | None = None) -> Tensor:
+    """Mask words (int32, ``[ceil(numel / 32)]``) of a bool tensor, read row-major.
+
+    Raises:
+        ValueError: the mask is not bool.
+    """
+    if mask.dtype != torch.bool:
+        raise ValueError(f"a mask must be a bool tensor, not {mask.dtype}; compare first (x > 0)")
+    words: Tensor = registry.choose("bitmask", mask.device, backend).module.pack_mask(mask)
+    return words
+
+
+def unpack_mask(words: Tensor, shape: Sequence[int], backend: str | None = None) -> Tensor:
+    """The bool tensor of ``shape`` that mask words stand for.
+
+    Raises:
+        ValueError: words of another type or number, or with bits set past the end.
+    """
+    numel = torch.Size(shape).numel()
+    check_words("mask", words, numel)
+    module = registry.choose("bitmask", words.device, backend).module
+    mask: Tensor = module.unpack_mask(words, numel)
+    return mask.view(tuple(shape))
+
+
+def count_mask(words: Tensor, backend: str | None = None) -> int:
+    """The number of bits set in mask words."""
+    count: int = registry.choose("bitmask", words.device, backend).module.count_mask(words)
+    return count
+
+
+def check_words(label: str, words: Tensor, numel: int) -> None:
+    """Refuse mask words that are not those of ``numel`` elements.
+
+    Raises:
+        ValueError: not int32, not one dimension of ``ceil(numel / 32)`` words, or bits past the end.
+    """
+    count = (numel + 31) // 32
+    if words.dtype != torch.int32 or words.shape != (count,):
+        raise ValueError(
+            f"mask of {label}: words of {words.dtype} and shape {tuple(words.shape)} for {numel} "
+            f"elements; expected int32 and ({count},)"
+        )
+    tail = numel % 32
+    if tail and int(words[-1]) & 0xFFFFFFFF & (0xFFFFFFFF << tail):
+        raise ValueError(f"mask of {label}: bits are set past its {numel} elements")

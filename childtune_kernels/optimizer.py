@@ -1,0 +1,276 @@
+"""FusedChildAdamW: parameter groups, state, and the step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.optimizer import ParamsT
+
+from . import ops, parameter_state, registry, state_dicts
+from .child_mask import ChildMask
+from .group_options import check_options, group_numbers
+from .labels import philox_key
+from .plan_row import contiguous_map
+from .step_plan import Row, StepPlan
+from .summary import summary_table
+
+
+class FusedChildAdamW(Optimizer):
+    """AdamW that updates a child network of the weights, in one pass over memory.
+
+    Replaces ``torch.optim.AdamW``. With ``reserve_p < 1`` (CT_F) every step keeps each gradient
+    element with that probability and scales it by ``1 / reserve_p``; with a ``child_mask`` (CT_D) only
+    the weights of a fixed child network train. Without either it is plain AdamW.
+
+    Args:
+        params: parameters, ``(name, parameter)`` pairs, or groups (dicts) of either; fp32, fp64, bf16 or
+            fp16, dense, any strides. Names make masks independent of the order of parameters and
+            are required with a ``child_mask``. Every option but ``seed`` and ``backend`` may differ by
+            group, the mask too.
+        lr: learning rate, a float or a tensor of one element. CT_F needs a larger one than AdamW: see
+            ``lr_for``.
+        betas: decay rates of the two moments, each in [0, 1).
+        eps: added to the denominator; must not be 0 with a mask.
+        weight_decay: decoupled decay; a step moves a weight by ``-lr * weight_decay * weight``.
+        reserve_p: CT_F, the probability in (0, 1] that a gradient element is kept.
+        child_mask: CT_D, a ``ChildMask`` that names every parameter of the group.
+        freeze_non_child: weights outside the child are never written; False lets decay reach them.
+        convention: ``"torch"`` (decay first, eps after bias correction) or ``"original"`` (the paper's
+            released code: eps before bias correction, decay last).
+        correct_bias: False leaves out the bias correction of the moments.
+        maximize: follow the gradient upwards.
+        seed: of the Bernoulli masks; None takes ``torch.initial_seed()``.
+        backend: ``"cpp"`` or ``"reference"``; None takes the best that serves the device.
+        child_state: ``"dense"``: moments for every weight.
+        master_weight: of bf16 and fp16 parameters: ``"fp32"`` (``"auto"``) keeps an fp32 copy in the
+            state, ``"none"`` updates the rounded weights themselves.
+        amsgrad, fused, foreach: accepted for drop-in use; ``amsgrad=True`` is refused, the others have
+            no effect.
+
+    Changes in place: the parameters and its own state, never a gradient.
+
+    Raises:
+        ValueError: an option out of range, a parameter or mask that does not fit (SPEC.md, section 7).
+        RuntimeError: the requested backend cannot serve.
+
+    Source: Xu et al., EMNLP 2021; SPEC.md, eq. 1 to 12.
+    """
+
+    def __init__(
+        self,
+        params: ParamsT,
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        *,
+        reserve_p: float = 1.0,
+        child_mask: ChildMask | None = None,
+        freeze_non_child: bool = True,
+        convention: str = "torch",
+        correct_bias: bool = True,
+        maximize: bool = False,
+        seed: int | None = None,
+        backend: str | None = None,
+        child_state: str = "dense",
+        master_weight: str = "auto",
+        amsgrad: bool = False,
+        fused: bool | None = None,
+        foreach: bool | None = None,
+    ) -> None:
+        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+            raise ValueError(f"seed={seed!r} must be an int or None")
+        if backend is not None and backend not in registry.BACKENDS:
+            raise ValueError(
+                f"backend={backend!r} is unknown; use one of {registry.BACKENDS} or None"
+            )
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "reserve_p": reserve_p,
+            "freeze_non_child": freeze_non_child,
+            "convention": convention,
+            "correct_bias": correct_bias,
+            "maximize": maximize,
+            "child_state": child_state,
+            "master_weight": master_weight,
+            "amsgrad": amsgrad,
+            "fused": fused,
+            "foreach": foreach,
+            "seed": torch.initial_seed() if seed is None else seed,
+        }
+        self._backend = backend
+        self._plans: list[StepPlan] | None = None
+        self._default_mask = child_mask
+        check_options(defaults, "the constructor")
+        group_numbers(defaults, child_mask is not None, "the constructor")
+        super().__init__(params, defaults)
+        self._default_mask = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own, to those that are optimized.
+
+        Args:
+            param_group: ``"params"`` and any options of the constructor but ``seed`` and ``backend``.
+
+        Raises:
+            ValueError: as the constructor; the optimizer is left as it was.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"a parameter group must be a dict, not {type(param_group).__name__}")
+        where = f"group {len(self.param_groups)}"
+        for name in ("seed", "backend"):
+            if name in param_group:
+                raise ValueError(f"{name}={param_group[name]!r} ({where}) cannot differ by group; "
+                                 "give it to the constructor")  # fmt: skip
+        group = {**self.defaults, **param_group}
+        mask = group.pop("child_mask", self._default_mask)
+        known = [
+            (label, parameter)
+            for present in self.param_groups
+            for label, parameter in zip(present["param_names"], present["params"], strict=True)
+        ]
+        labels, parameters = parameter_state.labelled(group["params"], known, where)
+        check_options(group, where)
+        group_numbers(group, mask is not None, where)
+        words = parameter_state.mask_words(mask, labels, parameters)
+        group["params"], group["param_names"] = parameters, labels
+        states = [
+            parameter_state.initial_state(parameter, words.get(label), group["master_weight"])
+            for label, parameter in zip(labels, parameters, strict=True)
+        ]
+        super().add_param_group(group)
+        for parameter, state in zip(parameters, states, strict=True):
+            self.state[parameter] = state
+        self._plans = None
+
+    @overload
+    def step(self, closure: None = None) -> None: ...
+
+    @overload
+    def step(self, closure: Callable[[], float]) -> float: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient.
+
+        Args:
+            closure: evaluates the loss anew and returns it.
+
+        Returns:
+            The closure's loss, or None.
+
+        Raises:
+            ValueError: an option or gradient that does not fit; weights and state are as before.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self._plans is None:
+            self._plans = self._make_plans()
+        for plan in self._plans:
+            plan.refresh()
+        for plan in self._plans:
+            ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice)
+            plan.finish()
+        return loss
+
+    def _make_plans(self) -> list[StepPlan]:
+        """One plan a device; the steps of its parameters become views of one tensor."""
+        members: dict[torch.device, list[tuple[str, Tensor, dict[str, Any]]]] = {}
+        for group in self.param_groups:
+            for label, parameter in zip(group["param_names"], group["params"], strict=True):
+                members.setdefault(parameter.device, []).append((label, parameter, group))
+        plans = []
+        for device, entries in members.items():
+            choice = registry.choose("child_adamw", device, self._backend)
+            states = [self.state[parameter] for _, parameter, _ in entries]
+            steps = torch.stack([state["step"].to(device) for state in states])
+            groups: list[dict[str, Any]] = []
+            rows = []
+            for (label, parameter, group), state, step in zip(
+                entries, states, steps.unbind(), strict=True
+            ):
+                state["step"] = step
+                if not groups or groups[-1] is not group:
+                    groups.append(group)
+                rows.append(
+                    Row(
+                        label=label,
+                        parameter=parameter,
+                        state=state,
+                        group_index=len(groups) - 1,
+                        philox_key=philox_key(group["seed"], label),
+                        element_map=contiguous_map(parameter.numel()),
+                    )
+                )
+            plans.append(StepPlan(rows, groups, choice))
+        return plans
+
+    def load_state_dict(self, state_dict: dict[str, Any], *, relabel: bool = False) -> None:
+        """Continue from a saved state, of FusedChildAdamW or of ``torch.optim.AdamW``.
+
+        A FusedChildAdamW state brings its seed, options and mask: the run continues bit for bit. An
+        AdamW state brings moments, steps and AdamW's options; seed, mask and the others stay.
+
+        Args:
+            state_dict: what ``state_dict()`` gave; it is not changed and not kept.
+            relabel: accept saved labels that differ from this optimizer's, by position. Bernoulli masks
+                then follow the labels of this optimizer.
+
+        Raises:
+            ValueError: groups, labels, shapes or options that do not fit; nothing has changed.
+        """
+        state_dict = state_dict.copy()
+        for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
+            result = pre_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        groups, state = state_dicts.restored(
+            self.param_groups, self.state, state_dict, relabel=relabel
+        )
+        self.__setstate__({"param_groups": groups, "state": state})
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
+
+    def to_adamw_state_dict(self) -> dict[str, Any]:
+        """The state as ``torch.optim.AdamW.load_state_dict`` takes it (tensors are shared, not copied).
+
+        Masks, seed and master weights have no place in it and are left out.
+        """
+        return state_dicts.adamw_state_dict(self.state_dict())
+
+    def state_bytes(self) -> int:
+        """Bytes of all state tensors: moments, master weights, mask words and steps."""
+        return sum(
+            tensor.numel() * tensor.element_size()
+            for state in self.state.values()
+            for tensor in state.values()
+        )
+
+    def summary(self) -> str:
+        """A table with a row a parameter: label, shape, p, child density, decay, backend, state bytes."""
+        backends = {
+            parameter.device: registry.choose(
+                "child_adamw", parameter.device, self._backend
+            ).backend
+            for group in self.param_groups
+            for parameter in group["params"]
+        }
+        return summary_table(self.param_groups, self.state, backends)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "_backend": self._backend}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.__dict__.setdefault("_backend", None)
+        self._default_mask = None
+        self._plans = None

@@ -1,0 +1,141 @@
+"""What a parameter brings to the optimizer: its label, its mask words, its first state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .child_mask import ChildMask
+from .labels import is_positional, label_of, positional_label
+from .plan_row import strided_map
+
+
+def labelled(
+    params: Any, known: Sequence[tuple[str, Tensor]], where: str
+) -> tuple[list[str], list[Tensor]]:
+    """The labels and tensors of what a group gives as ``params``.
+
+    ``known``: labels and tensors of the groups before it; ``where``: the group, for messages.
+
+    Raises:
+        TypeError: no tensors, or a set of them.
+        ValueError: some with names and some without, a label or tensor twice, a tensor that no kernel
+            can update.
+    """
+    names, tensors = _split_names(params, where)
+    if names is None:
+        labels = [positional_label(len(known) + index) for index in range(len(tensors))]
+    else:
+        labels = [label_of(name) for name in names]
+    if known and tensors and is_positional(known[0][0]) != (names is None):
+        raise ValueError(
+            f"params ({where}): some groups have names and some have not; name them all"
+        )
+    seen_labels = {label for label, _ in known}
+    seen_tensors = {id(tensor): label for label, tensor in known}
+    for label, tensor in zip(labels, tensors, strict=True):
+        if id(tensor) in seen_tensors:
+            raise ValueError(
+                f"parameter {label} ({where}) is the same tensor as {seen_tensors[id(tensor)]}; "
+                "pass each tensor once"
+            )
+        if label in seen_labels:
+            raise ValueError(f"the label {label!r} ({where}) stands for two parameters; rename one")
+        seen_labels.add(label)
+        seen_tensors[id(tensor)] = label
+        _check_tensor(label, tensor)
+    return labels, tensors
+
+
+def _split_names(params: Any, where: str) -> tuple[list[str] | None, list[Tensor]]:
+    if isinstance(params, Tensor):
+        params = [params]
+    if isinstance(params, set):
+        raise TypeError(f"params ({where}) is a set, whose order changes; pass a list")
+    entries = list(params)
+    names = [entry[0] for entry in entries if isinstance(entry, tuple)]
+    tensors = [entry[1] if isinstance(entry, tuple) else entry for entry in entries]
+    if names and len(names) != len(entries):
+        raise ValueError(f"params ({where}): some have names and some have not; name them all")
+    for tensor in tensors:
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"params ({where}) holds a {type(tensor).__name__}; only tensors train")
+    return names or None, tensors
+
+
+def _check_tensor(label: str, tensor: Tensor) -> None:
+    ops.check_parameter(label, tensor)
+    try:
+        strided_map(tensor.shape, tensor.stride())
+    except ValueError as error:
+        raise ValueError(f"parameter {label}: {error}; call .contiguous() on it") from None
+
+
+def mask_words(
+    mask: ChildMask | None, labels: Sequence[str], parameters: Sequence[Tensor]
+) -> dict[str, Tensor]:
+    """Copies of the mask words of the parameters in a mask's scope, on the parameters' devices.
+
+    Raises:
+        ValueError: no ChildMask, parameters without names, a parameter that the mask does not know or
+            knows with another shape.
+    """
+    if mask is None:
+        return {}
+    if not isinstance(mask, ChildMask):
+        raise ValueError(
+            f"child_mask must be a ChildMask, not {type(mask).__name__}; use ChildMask.from_dense"
+        )
+    if any(is_positional(label) for label in labels):
+        raise ValueError("child_mask needs names; pass model.named_parameters() as params")
+    unknown = [label for label in labels if label not in mask]
+    if unknown:
+        what = "no name of it matches" if len(unknown) == len(labels) else "it does not know"
+        raise ValueError(
+            f"child_mask: {what} {_shortened(unknown)}; it knows {_shortened(mask.names)}; give what "
+            "shall train densely as dense=[...] to ChildMask.from_dense"
+        )
+    words = {}
+    for label, parameter in zip(labels, parameters, strict=True):
+        if label in mask.dense_names:
+            continue
+        if mask.shapes[label] != parameter.shape:
+            raise ValueError(
+                f"child_mask: {label} has shape {tuple(mask.shapes[label])} in the mask and "
+                f"{tuple(parameter.shape)} in the optimizer; make the mask from this model"
+            )
+        words[label] = mask.words[label].to(parameter.device, copy=True)
+    return words
+
+
+def _shortened(names: Sequence[str]) -> str:
+    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+
+
+def initial_state(parameter: Tensor, words: Tensor | None, master_weight: str) -> dict[str, Tensor]:
+    """Zero moments, step 0, and what masks and 16-bit weights need besides (SPEC.md, section 5)."""
+    device, compute = parameter.device, ops.compute_dtype(parameter.dtype)
+    state = {
+        "step": torch.zeros((), dtype=torch.int64, device=device),
+        "exp_avg": torch.zeros(parameter.shape, dtype=compute, device=device),
+        "exp_avg_sq": torch.zeros(parameter.shape, dtype=compute, device=device),
+    }
+    if has_master(parameter, master_weight):
+        state["master_weight"] = master_of(parameter)
+    if words is not None:
+        state["mask_words"] = words
+    return state
+
+
+def has_master(parameter: Tensor, master_weight: str) -> bool:
+    """Whether a parameter keeps an fp32 master under this ``master_weight`` option (eq. 12)."""
+    return master_weight != "none" and parameter.dtype in (torch.bfloat16, torch.float16)
+
+
+def master_of(parameter: Tensor) -> Tensor:
+    """The fp32 master of a 16-bit weight, row-major."""
+    return parameter.detach().to(torch.float32, memory_format=torch.contiguous_format)

@@ -1,0 +1,126 @@
+"""One table op x backend: which kernel serves a device, and why (design: the house)."""
+
+from __future__ import annotations
+
+import importlib
+import warnings
+from dataclasses import dataclass
+from types import ModuleType
+
+import torch
+
+# In order of preference. A cell holds the module below backends/ that serves the op, or None where
+# that column has no kernel for it.
+BACKENDS = ("triton", "cpp", "reference")
+TABLE: dict[str, dict[str, str | None]] = {
+    "child_adamw": {"triton": None, "cpp": "cpp", "reference": "reference.child_adamw"},
+    "keep_words": {"triton": None, "cpp": "cpp", "reference": "reference.keep_words"},
+    "bitmask": {"triton": None, "cpp": "cpp", "reference": "reference.bitmask"},
+}
+
+_warned: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One cell of the table for one device."""
+
+    op: str
+    backend: str
+    available: bool
+    reason: str
+
+    @property
+    def module(self) -> ModuleType:
+        """The module whose functions are the op's kernels."""
+        cell = TABLE[self.op][self.backend]
+        return importlib.import_module(f".backends.{cell}", __package__)
+
+
+def _cell(op: str, backend: str, device: torch.device) -> Choice:
+    if TABLE[op][backend] is None:
+        return Choice(op, backend, False, "no kernel of this op yet")
+    if backend == "reference":
+        return Choice(op, backend, True, "plain PyTorch, serves every device")
+    if device.type != "cpu":
+        return Choice(op, backend, False, f"serves CPU tensors, not {device.type}")
+    from .backends import cpp
+
+    absent = cpp.load()
+    if absent is not None:
+        return Choice(op, backend, False, absent)
+    return Choice(op, backend, True, f"compiled, runs {cpp.CAPABILITIES[cpp.capability()]}")
+
+
+def survey(device: torch.device | str = "cpu") -> list[Choice]:
+    """Every cell of the table for a device, op by op in order of preference."""
+    device = torch.device(device)
+    return [_cell(op, backend, device) for op in TABLE for backend in BACKENDS]
+
+
+def choose(op: str, device: torch.device | str, requested: str | None = None) -> Choice:
+    """The backend that serves ``op`` on ``device``: the requested one, else the first available.
+
+    Where only the reference is left, one warning says why.
+
+    Raises:
+        ValueError: ``requested`` is not a backend.
+        RuntimeError: the requested backend does not serve this op here; the message says the remedy.
+    """
+    device = torch.device(device)
+    if requested is not None:
+        if requested not in BACKENDS:
+            raise ValueError(f"backend={requested!r} is unknown; use one of {BACKENDS} or None")
+        cell = _cell(op, requested, device)
+        if not cell.available:
+            raise RuntimeError(_refusal(cell, device))
+        return cell
+    cells = [_cell(op, backend, device) for backend in BACKENDS]
+    chosen = next(cell for cell in cells if cell.available)
+    if chosen.backend == "reference":
+        _warn_once(cells, device)
+    return chosen
+
+
+def _refusal(cell: Choice, device: torch.device) -> str:
+    from .backends import cpp
+
+    remedy = "use backend=None to take what is available"
+    if cell.backend == "cpp" and device.type == "cpu":
+        remedy = f"{cpp.REMEDY}, or {remedy}"
+    return (
+        f"backend={cell.backend!r} cannot serve {cell.op} on {device.type}: {cell.reason}; {remedy}"
+    )
+
+
+def _warn_once(cells: list[Choice], device: torch.device) -> None:
+    if device.type in _warned:
+        return
+    _warned.add(device.type)
+    reasons = "; ".join(f"{c.backend}: {c.reason}" for c in cells if not c.available)
+    warnings.warn(
+        f"childtune_kernels runs its slow reference on {device.type} ({reasons})",
+        RuntimeWarning,
+        stacklevel=4,
+    )
+
+
+def explain(device: torch.device | str = "cpu") -> str:
+    """A table of op x backend for a device: what is available, what is chosen, and why.
+
+    Args:
+        device: a torch device or its name.
+
+    Returns:
+        Lines of text; the chosen backend of each op is marked with ``*``.
+    """
+    lines = [f"{'op':<14}{'backend':<12}{'':<3}why"]
+    chosen: set[str] = set()
+    for cell in survey(device):
+        mark = "-"
+        if cell.available:
+            mark = "+" if cell.op in chosen else "*"
+            chosen.add(cell.op)
+        lines.append(f"{cell.op:<14}{cell.backend:<12}{mark:<3}{cell.reason}")
+    lines.append("* chosen   + available   - not available")
+    return "\n".join(lines)

@@ -1,0 +1,51 @@
+"""The table that FusedChildAdamW.summary() prints."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+
+_HEADER = ("parameter", "shape", "p", "child", "decay", "backend", "state bytes")
+
+
+def summary_table(
+    groups: Sequence[Mapping[str, Any]],
+    states: Mapping[Tensor, Mapping[str, Tensor]],
+    backends: Mapping[torch.device, str],
+) -> str:
+    """A row a parameter: label, shape, p, child density, decay, backend, state bytes; then a total."""
+    rows = [_HEADER]
+    total_bytes = total_elements = total_child = 0
+    for group in groups:
+        for label, parameter in zip(group["param_names"], group["params"], strict=True):
+            state = states[parameter]
+            size = sum(t.numel() * t.element_size() for t in state.values())
+            words = state.get("mask_words")
+            child = parameter.numel() if words is None else ops.count_mask(words)
+            density = "dense" if words is None else f"{child / max(1, parameter.numel()):.4f}"
+            rows.append(
+                (
+                    label,
+                    "x".join(map(str, parameter.shape)) or "scalar",
+                    f"{group['reserve_p']:g}",
+                    density,
+                    f"{group['weight_decay']:g}",
+                    backends[parameter.device],
+                    f"{size:,}",
+                )
+            )
+            total_bytes += size
+            total_elements += parameter.numel()
+            total_child += child
+    share = f"{total_child / max(1, total_elements):.4f}"
+    rows.append(("total", f"{total_elements:,}", "", share, "", "", f"{total_bytes:,}"))
+    widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+             for row in rows]  # fmt: skip
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])

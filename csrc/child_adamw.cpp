@@ -1,0 +1,58 @@
+// Op child_adamw: the launch. One call serves every row; the work is cut into units of whole blocks
+// and shared by torch's own threads.
+#include <vector>
+
+#include "launch.h"
+
+namespace childtune {
+namespace {
+
+constexpr int64_t kBlock = 64;
+constexpr int64_t kUnitBlocks = 64;  // 4096 elements
+constexpr int64_t kGrain = 4;        // units below which a second thread costs more than it brings
+
+int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+}  // namespace
+
+void child_adamw_(Tensor rows, Tensor groups, int64_t capability) {
+  const Kernels& kernels = require_kernels(capability);
+  STD_TORCH_CHECK(rows.dim() == 2 && rows.size(1) == kRowColumns && groups.dim() == 2 &&
+                      groups.size(1) == kGroupColumns,
+                  "child_adamw_: a plan of another layout; rebuild the extension");
+  const PlanRow* const row = static_cast<const PlanRow*>(rows.data_ptr());
+  const PlanGroup* const group = static_cast<const PlanGroup*>(groups.data_ptr());
+
+  // first_unit[k] .. first_unit[k+1]-1 are the units of the k-th active row.
+  std::vector<int64_t> active, first_unit{0};
+  for (int64_t index = 0; index < rows.size(0); ++index) {
+    if (!row[index].active) continue;
+    ++*reinterpret_cast<int64_t*>(row[index].step);
+    if (row[index].numel == 0) continue;
+    active.push_back(index);
+    first_unit.push_back(first_unit.back() + ceil_div(row[index].numel, kBlock * kUnitBlocks));
+  }
+
+  torch::stable::parallel_for(0, first_unit.back(), kGrain, [&](int64_t begin, int64_t end) {
+    size_t at = 0;
+    for (size_t low = 0, high = active.size(); low < high;) {
+      const size_t middle = (low + high) / 2;
+      if (first_unit[middle + 1] <= begin) {
+        low = at = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    for (int64_t unit = begin; unit < end; ++at) {
+      const PlanRow& current = row[active[at]];
+      const int64_t stop = end < first_unit[at + 1] ? end : first_unit[at + 1];
+      const int64_t blocks = ceil_div(current.numel, kBlock);
+      const int64_t last = (stop - first_unit[at]) * kUnitBlocks;
+      kernels.child_adamw_row(current, group[current.group], (unit - first_unit[at]) * kUnitBlocks,
+                              last < blocks ? last : blocks);
+      unit = stop;
+    }
+  });
+}
+
+}  // namespace childtune

@@ -1,0 +1,40 @@
+// How each storage type becomes one of the two types that compute (float, double), and back,
+// rounded to nearest even (SPEC.md, "Types and rounding").
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+CHILDTUNE_INLINE VecF32 load_as(const float* source, VecF32) { return load<VecF32>(source); }
+CHILDTUNE_INLINE VecF64 load_as(const double* source, VecF64) { return load<VecF64>(source); }
+CHILDTUNE_INLINE VecF32 load_as(const BFloat16* source, VecF32) {
+  return (VecF32)(__builtin_convertvector(load<HalfU16>(source), VecU32) << 16);
+}
+CHILDTUNE_INLINE VecF32 load_as(const Float16* source, VecF32) { return half_to_float(load<HalfU16>(source)); }
+
+CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, BFloat16) {
+  const VecU32 bits = (VecU32)value;
+  const VecU32 nearest_even = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
+  // Rounding could carry a NaN's payload into the sign; SPEC.md makes every bf16 NaN 0x7FC0.
+  const VecU32 is_nan = (VecU32)(value != value);
+  return __builtin_convertvector((nearest_even & ~is_nan) | (is_nan & 0x7FC0u), HalfU16);
+}
+CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, Float16) { return float_to_half(value); }
+
+// Writes the lanes of `value` whose bit is set in `bits`; the others keep what is stored, bit for
+// bit (a NaN's payload included).
+CHILDTUNE_INLINE void store_selected(float* target, VecF32 value, uint64_t bits) {
+  store(target, select(bits, value, load<VecF32>(target)));
+}
+CHILDTUNE_INLINE void store_selected(double* target, VecF64 value, uint64_t bits) {
+  store(target, select(bits, value, load<VecF64>(target)));
+}
+template <class Half>
+CHILDTUNE_INLINE void store_selected(Half* target, VecF32 value, uint64_t bits) {
+  const VecU32 stored = __builtin_convertvector(load<HalfU16>(target), VecU32);
+  const VecU32 fresh = __builtin_convertvector(rounded(value, Half()), VecU32);
+  store(target, __builtin_convertvector(select(bits, fresh, stored), HalfU16));
+}

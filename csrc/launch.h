@@ -1,0 +1,27 @@
+// What the launches share: torch's stable interface and the choice of kernels.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "kernels.h"
+
+namespace childtune {
+
+using torch::stable::Tensor;
+
+inline const Kernels& require_kernels(int64_t capability) {
+  const Kernels* const kernels = kernels_of(capability);
+  STD_TORCH_CHECK(kernels != nullptr, "this processor or build lacks CPU capability ", capability);
+  return *kernels;
+}
+
+void child_adamw_(Tensor rows, Tensor groups, int64_t capability);
+void keep_words_(Tensor words, int64_t numel, Tensor element_map, bool contiguous, int64_t key, int64_t step,
+                 int64_t purpose, int64_t threshold, int64_t capability);
+void pack_mask_(Tensor mask, Tensor words, int64_t capability);
+void unpack_mask_(Tensor words, Tensor mask, int64_t capability);
+int64_t count_mask(Tensor words, int64_t capability);
+
+}  // namespace childtune

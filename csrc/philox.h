@@ -1,0 +1,165 @@
+// Philox4x32-10 (Salmon et al., SC'11) and the keep bits made of it (SPEC.md, eq. 1 to 4).
+
+constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
+constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
+constexpr int kPhiloxRounds = 10;
+constexpr uint64_t kKeepAll = uint64_t(1) << 32;
+
+// What every draw of one tensor in one step shares: the round keys, the step and the purpose.
+struct PhiloxStream {
+  // 64 bits wide, so that vector code broadcasts them straight from memory.
+  uint64_t key0[kPhiloxRounds];
+  uint64_t key1[kPhiloxRounds];
+  uint64_t step;
+  uint64_t purpose;
+};
+
+CHILDTUNE_INLINE PhiloxStream philox_stream(uint64_t key, uint64_t step, uint32_t purpose) {
+  PhiloxStream stream;
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    stream.key0[round] = uint32_t(key) + uint32_t(round) * kPhiloxW0;
+    stream.key1[round] = uint32_t(key >> 32) + uint32_t(round) * kPhiloxW1;
+  }
+  stream.step = step & 0xFFFFFFFFu;
+  stream.purpose = purpose;
+  return stream;
+}
+
+// Eq. 1 for one counter.
+inline void philox_words(const PhiloxStream& stream, uint64_t counter, uint32_t words[4]) {
+  uint32_t x0 = uint32_t(counter), x1 = uint32_t(counter >> 32);
+  uint32_t x2 = uint32_t(stream.step), x3 = uint32_t(stream.purpose);
+  for (int round = 0; round < kPhiloxRounds; ++round) {
+    const uint64_t product0 = uint64_t(kPhiloxM0) * x0;
+    const uint64_t product1 = uint64_t(kPhiloxM1) * x2;
+    x0 = uint32_t(product1 >> 32) ^ x1 ^ uint32_t(stream.key0[round]);
+    x2 = uint32_t(product0 >> 32) ^ x3 ^ uint32_t(stream.key1[round]);
+    x1 = uint32_t(product1);
+    x3 = uint32_t(product0);
+  }
+  words[0] = x0, words[1] = x1, words[2] = x2, words[3] = x3;
+}
+
+// Eq. 1 for kLanes64 counters, one a 64-bit lane, whose upper words are all `counter_high`. Only the
+// low 32 bits of a lane count: the high ones hold remnants that the multiply ignores, which spares
+// the masks and blends of 32-bit lanes. In the first two rounds every lane meets the same x2, then
+// the same x0, so half of their products are scalars (a tenth of the work).
+CHILDTUNE_INLINE void philox_lanes(const PhiloxStream& stream, VecU64 counter, uint32_t counter_high,
+                                   VecU64 words[4]) {
+  const VecU64 m0 = VecU64{} + kPhiloxM0, m1 = VecU64{} + kPhiloxM1;
+  const uint64_t same1 = uint64_t(kPhiloxM1) * stream.step;
+  const uint64_t same0 = uint64_t(kPhiloxM0) * uint32_t((same1 >> 32) ^ counter_high ^ stream.key0[0]);
+  const VecU64 first0 = multiply_low32(m0, counter);
+  const VecU64 second2 = (first0 >> 32) ^ (VecU64{} + (stream.purpose ^ stream.key1[0]));
+  const VecU64 first1 = multiply_low32(m1, second2);
+  VecU64 x0 = (first1 >> 32) ^ (VecU64{} + (same1 ^ stream.key0[1]));
+  VecU64 x1 = first1;
+  VecU64 x2 = first0 ^ (VecU64{} + ((same0 >> 32) ^ stream.key1[1]));
+  VecU64 x3 = VecU64{} + same0;
+#pragma GCC unroll 10
+  for (int round = 2; round < kPhiloxRounds; ++round) {
+    const VecU64 product0 = multiply_low32(m0, x0);
+    const VecU64 product1 = multiply_low32(m1, x2);
+    x0 = (product1 >> 32) ^ x1 ^ (VecU64{} + stream.key0[round]);
+    x2 = (product0 >> 32) ^ x3 ^ (VecU64{} + stream.key1[round]);
+    x1 = product1;
+    x3 = product0;
+  }
+  words[0] = x0, words[1] = x1, words[2] = x2, words[3] = x3;
+}
+
+// word < threshold for 2*kLanes64 counters (even and odd ones apart), as bits in element order.
+CHILDTUNE_INLINE uint64_t compare_words(const VecU64 even[4], const VecU64 odd[4], uint32_t threshold) {
+#if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 64
+  const __m512i limit = _mm512_set1_epi32(int(threshold));
+  constexpr uint64_t kEvery4th = 0x1111111111111111u;
+  uint64_t bits = 0;
+  for (int word = 0; word < 4; ++word) {
+    const __m512i low = (__m512i)even[word], high = _mm512_slli_epi64((__m512i)odd[word], 32);
+    const __m512i in_order = _mm512_mask_blend_epi32(0xAAAA, low, high);
+    const __mmask16 kept = _mm512_cmplt_epu32_mask(in_order, limit);
+    bits |= _pdep_u64(kept, kEvery4th << word);
+  }
+  return bits;
+#else
+  // A lane's four verdicts become the four bytes of a 32-bit lane: then bytes are in element order.
+  const VecU32 limit = VecU32{} + threshold;
+  VecU32 bytes{};
+  for (int word = 0; word < 4; ++word) {
+    const VecU32 in_order = (VecU32)((even[word] & 0xFFFFFFFFu) | (odd[word] << 32));
+    bytes |= (VecU32)(in_order < limit) & (0xFFu << (8 * word));
+  }
+#if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 32
+  return uint32_t(_mm256_movemask_epi8((__m256i)bytes));
+#elif defined(__x86_64__)
+  return uint32_t(_mm_movemask_epi8((__m128i)bytes));
+#else
+  uint64_t halves[2];
+  store(halves, bytes);
+  // Gathers the top bit of eight bytes: each partial product lands in a bit of its own.
+  const uint64_t low = ((halves[0] >> 7 & 0x0101010101010101u) * 0x0102040810204080u) >> 56;
+  const uint64_t high = ((halves[1] >> 7 & 0x0101010101010101u) * 0x0102040810204080u) >> 56;
+  return low | high << 8;
+#endif
+#endif
+}
+
+// Eq. 2 for elements first .. first+63, first a multiple of 64; bit j is element first+j.
+CHILDTUNE_INLINE uint64_t keep_bits_aligned(const PhiloxStream& stream, uint64_t first, uint32_t threshold) {
+  constexpr int kCounters = 2 * kLanes64;
+  const VecU64 even_lanes = iota_times<VecU64, uint64_t>(2);
+  uint64_t bits = 0;
+  for (int done = 0; done < kBlock / 4; done += kCounters) {
+    const VecU64 counter = even_lanes + (first / 4 + uint64_t(done));
+    VecU64 even[4], odd[4];
+    philox_lanes(stream, counter, uint32_t(first >> 34), even);
+    philox_lanes(stream, counter + 1, uint32_t(first >> 34), odd);
+    bits |= compare_words(even, odd, threshold) << (4 * done);
+  }
+  return bits;
+}
+
+// Eq. 2 for 64 consecutive elements from any first one.
+CHILDTUNE_INLINE uint64_t keep_bits_from(const PhiloxStream& stream, uint64_t first, uint32_t threshold) {
+  const int shift = int(first % kBlock);
+  const uint64_t low = keep_bits_aligned(stream, first - shift, threshold);
+  if (shift == 0) return low;
+  const uint64_t high = keep_bits_aligned(stream, first - shift + kBlock, threshold);
+  return low >> shift | high << (kBlock - shift);
+}
+
+// Eq. 5: the index that a map gives local element `local`, and how many of the following local
+// elements lie behind it one by one.
+inline int64_t map_index(const IndexMap& map, int64_t local, int64_t* run) {
+  int64_t index = map.base;
+  const IndexMap::Level& inner = map.level[kMapLevels - 1];
+  *run = inner.stride == 1 ? inner.size - local % inner.size : 1;
+  for (int level = kMapLevels - 1; level > 0; --level) {
+    const IndexMap::Level& at = map.level[level];
+    index += local % at.size * at.stride;
+    local /= at.size;
+  }
+  return index + local * map.level[0].stride;
+}
+
+// Eq. 2 for local elements local .. local+count-1 (count <= 64) of a general element map.
+inline uint64_t keep_bits_mapped(const PhiloxStream& stream, const IndexMap& map, int64_t local, int count,
+                                 uint32_t threshold) {
+  constexpr int64_t kWorthVectors = 8;
+  uint64_t bits = 0;
+  for (int done = 0; done < count;) {
+    int64_t run;
+    const uint64_t element = uint64_t(map_index(map, local + done, &run));
+    if (run >= kWorthVectors) {
+      bits |= keep_bits_from(stream, element, threshold) << done;
+      if (run < kBlock && done + run < kBlock) bits &= (uint64_t(1) << (done + run)) - 1;
+    } else {
+      uint32_t words[4];
+      philox_words(stream, element / 4, words);
+      bits |= uint64_t(words[element % 4] < threshold) << done;
+      run = 1;
+    }
+    done += run < kBlock ? int(run) : kBlock;
+  }
+  return bits;
+}

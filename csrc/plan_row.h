@@ -1,0 +1,71 @@
+// The table that one step reads: a row a tensor, a row a parameter group (SPEC.md, "The plan").
+// Columns are 8 bytes each. Python fills them by name from childtune_kernels/plan_row.py, which
+// compares its own lists with the ones printed here, so that a stale build is found out.
+#pragma once
+
+#include <cstdint>
+
+namespace childtune {
+
+constexpr int kMapLevels = 4;
+
+// A local index to an element index or a storage offset: base + up to four (size, stride) levels,
+// outermost first (SPEC.md, eq. 5).
+struct IndexMap {
+  int64_t base;
+  struct Level {
+    int64_t size;
+    int64_t stride;
+  } level[kMapLevels];
+};
+
+struct PlanRow {
+  int64_t active;
+  int64_t group;
+  int64_t numel;
+  int64_t weight_dtype;
+  int64_t grad_dtype;
+  int64_t weight;
+  int64_t grad;
+  int64_t exp_avg;
+  int64_t exp_avg_sq;
+  int64_t master_weight;
+  int64_t mask_words;
+  int64_t step;
+  int64_t philox_key;
+  int64_t element_contiguous;
+  int64_t storage_contiguous;
+  IndexMap element_map;
+  IndexMap storage_map;
+};
+
+struct PlanGroup {
+  double lr;
+  double beta1;
+  double beta2;
+  double eps;
+  double weight_decay;
+  double reserve_p;
+  double threshold;
+  double freeze_non_child;
+  double original_convention;
+  double correct_bias;
+  double maximize;
+};
+
+constexpr int kRowColumns = sizeof(PlanRow) / 8;
+constexpr int kGroupColumns = sizeof(PlanGroup) / 8;
+
+constexpr const char* kRowFields =
+    "active,group,numel,weight_dtype,grad_dtype,weight,grad,exp_avg,exp_avg_sq,master_weight,"
+    "mask_words,step,philox_key,element_contiguous,storage_contiguous,element_map:9,storage_map:9";
+constexpr const char* kGroupFields =
+    "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
+    "correct_bias,maximize";
+
+enum DtypeCode : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+static_assert(sizeof(IndexMap) == 9 * 8 && sizeof(PlanRow) == (15 + 18) * 8, "8-byte columns");
+static_assert(kGroupColumns == 11, "kGroupFields names every column");
+
+}  // namespace childtune

@@ -1,0 +1,39 @@
+// Schemas and bindings; no maths. Arguments are checked in childtune_kernels/ops.py.
+#include <string>
+
+#include "launch.h"
+
+namespace childtune {
+
+bool has_capability(int64_t capability) { return kernels_of(capability) != nullptr; }
+std::string row_fields() { return kRowFields; }
+std::string group_fields() { return kGroupFields; }
+
+}  // namespace childtune
+
+STABLE_TORCH_LIBRARY(childtune_kernels, m) {
+  m.def("child_adamw_(Tensor rows, Tensor groups, int capability) -> ()");
+  m.def(
+      "keep_words_(Tensor(a!) words, int numel, Tensor element_map, bool contiguous, int key, int step, int purpose, "
+      "int threshold, int capability) -> ()");
+  m.def("pack_mask_(Tensor mask, Tensor(a!) words, int capability) -> ()");
+  m.def("unpack_mask_(Tensor words, Tensor(a!) mask, int capability) -> ()");
+  m.def("count_mask(Tensor words, int capability) -> int");
+  m.def("has_capability(int capability) -> bool");
+  m.def("row_fields() -> str");
+  m.def("group_fields() -> str");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
+  m.impl("child_adamw_", TORCH_BOX(&childtune::child_adamw_));
+  m.impl("keep_words_", TORCH_BOX(&childtune::keep_words_));
+  m.impl("pack_mask_", TORCH_BOX(&childtune::pack_mask_));
+  m.impl("unpack_mask_", TORCH_BOX(&childtune::unpack_mask_));
+  m.impl("count_mask", TORCH_BOX(&childtune::count_mask));
+}
+
+STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CompositeExplicitAutograd, m) {
+  m.impl("has_capability", TORCH_BOX(&childtune::has_capability));
+  m.impl("row_fields", TORCH_BOX(&childtune::row_fields));
+  m.impl("group_fields", TORCH_BOX(&childtune::group_fields));
+}
