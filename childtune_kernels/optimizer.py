@@ -125,18 +125,16 @@ class FusedChildAdamW(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, not {type(param_group).__name__}")
         where = f"group {len(self.param_groups)}"
-        for name in ("seed", "backend"):
-            if name in param_group:
-                raise ValueError(f"{name}={param_group[name]!r} ({where}) cannot differ by group; "
-                                 "give it to the constructor")  # fmt: skip
+        self._refuse_other_seed(param_group, where)
         group = {**self.defaults, **param_group}
+        group.pop("backend", None)
         mask = group.pop("child_mask", self._default_mask)
         known = [
             (label, parameter)
             for present in self.param_groups
             for label, parameter in zip(present["param_names"], present["params"], strict=True)
         ]
-        labels, parameters = parameter_state.labelled(group["params"], known, where)
+        labels, parameters = parameter_state.labelled(group, known, where)
         check_options(group, where)
         group_numbers(group, mask is not None, where)
         words = parameter_state.mask_words(mask, labels, parameters)
@@ -149,6 +147,15 @@ class FusedChildAdamW(Optimizer):
         for parameter, state in zip(parameters, states, strict=True):
             self.state[parameter] = state
         self._plans = None
+
+    def _refuse_other_seed(self, param_group: dict[str, Any], where: str) -> None:
+        own = {"seed": self.defaults["seed"], "backend": self._backend}
+        for name, value in own.items():
+            if param_group.get(name, value) != value:
+                raise ValueError(
+                    f"{name}={param_group[name]!r} ({where}) cannot differ by group; give it to the "
+                    "constructor"
+                )
 
     @overload
     def step(self, closure: None = None) -> None: ...

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,9 +15,11 @@ from .plan_row import strided_map
 
 
 def labelled(
-    params: Any, known: Sequence[tuple[str, Tensor]], where: str
+    group: Mapping[str, Any], known: Sequence[tuple[str, Tensor]], where: str
 ) -> tuple[list[str], list[Tensor]]:
     """The labels and tensors of what a group gives as ``params``.
+
+    A group taken from another optimizer brings its names as ``param_names``.
 
     ``known``: labels and tensors of the groups before it; ``where``: the group, for messages.
 
@@ -26,7 +28,11 @@ def labelled(
         ValueError: some with names and some without, a label or tensor twice, a tensor that no kernel
             can update.
     """
-    names, tensors = _split_names(params, where)
+    names, tensors = _split_names(group["params"], where)
+    if names is None and not any(map(is_positional, group.get("param_names", ["#"]))):
+        names = list(group["param_names"])
+        if len(names) != len(tensors):
+            raise ValueError(f"param_names ({where}): {len(names)} names for {len(tensors)} parameters")
     if names is None:
         labels = [positional_label(len(known) + index) for index in range(len(tensors))]
     else:

@@ -1,0 +1,96 @@
+// Runs the kernels of one capability on fixed inputs and prints a digest of every result bit, so that
+// builds of other compilers and processors can be compared without torch.
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <vector>
+
+#include "../../csrc/kernels.h"
+
+using namespace childtune;
+
+namespace {
+
+uint64_t digest = 1469598103934665603u;
+
+void add(const void* data, size_t bytes) {
+  for (size_t at = 0; at < bytes; ++at)
+    digest = (digest ^ static_cast<const unsigned char*>(data)[at]) * 1099511628211u;
+}
+
+uint64_t random_state = 88172645463325252u;
+
+double random_unit() {
+  random_state ^= random_state << 13;
+  random_state ^= random_state >> 7;
+  random_state ^= random_state << 17;
+  return double(random_state >> 11) / 9007199254740992.0 - 0.5;
+}
+
+// A finite 16-bit pattern of either kind: exponents of bf16 and fp16 alike stay below their largest.
+uint16_t random_half() {
+  random_unit();
+  return uint16_t(random_state >> 20) & 0xBBFFu;
+}
+
+template <class Real>
+void step(const Kernels& kernels, int64_t dtype, int64_t grad_dtype, size_t weight_bytes, size_t grad_bytes,
+          double reserve_p, bool master, bool original) {
+  const int64_t numel = 1003;
+  std::vector<unsigned char> weight(numel * weight_bytes), grad(numel * grad_bytes);
+  std::vector<Real> exp_avg(numel, Real(0)), exp_avg_sq(numel, Real(0)), masters(numel, Real(0));
+  auto fill = [&](std::vector<unsigned char>& data, size_t bytes) {
+    for (int64_t at = 0; at < numel; ++at) {
+      const double wide = random_unit();
+      const float single = float(wide);
+      const uint16_t half = random_half();
+      const void* source = bytes == 8 ? (const void*)&wide : bytes == 4 ? (const void*)&single : (const void*)&half;
+      std::memcpy(&data[at * bytes], source, bytes);
+    }
+  };
+  fill(weight, weight_bytes);
+  fill(grad, grad_bytes);
+  std::vector<uint32_t> words((numel + 31) / 32, 0xA5C3F00Fu);
+  words.back() &= (1u << (numel % 32)) - 1;
+  int64_t steps = 0;
+  PlanRow row{};
+  row.active = 1, row.numel = numel, row.weight_dtype = dtype, row.grad_dtype = grad_dtype;
+  row.weight = int64_t(weight.data()), row.grad = int64_t(grad.data());
+  row.exp_avg = int64_t(exp_avg.data()), row.exp_avg_sq = int64_t(exp_avg_sq.data());
+  row.master_weight = master ? int64_t(masters.data()) : 0, row.mask_words = int64_t(words.data());
+  row.step = int64_t(&steps), row.philox_key = 0x8BB4C9D81DFC5D36;
+  row.element_contiguous = row.storage_contiguous = 1;
+  row.element_map = row.storage_map = {17, {{1, 0}, {1, 0}, {1, 0}, {numel, 1}}};
+  row.storage_map.base = 0;
+  const PlanGroup group = {1e-2, 0.9,  0.999, 1e-8, 0.1, reserve_p, double(uint64_t(reserve_p * 4294967296.0)),
+                           0,    original ? 1.0 : 0.0, 1,    0};
+  for (steps = 1; steps <= 4; ++steps) kernels.child_adamw_row(row, group, 0, (numel + 63) / 64);
+  add(weight.data(), weight.size());
+  add(exp_avg.data(), exp_avg.size() * sizeof(Real));
+  add(exp_avg_sq.data(), exp_avg_sq.size() * sizeof(Real));
+  add(masters.data(), masters.size() * sizeof(Real));
+}
+
+}  // namespace
+
+int main(int, char** arguments) {
+  const Kernels* const kernels = kernels_of(std::atoi(arguments[1]));
+  if (kernels == nullptr) return 1;
+  for (double reserve_p : {1.0, 0.3}) {
+    for (bool original : {false, true}) {
+      step<float>(*kernels, kFloat32, kFloat32, 4, 4, reserve_p, false, original);
+      step<double>(*kernels, kFloat64, kFloat64, 8, 8, reserve_p, false, original);
+      for (int64_t half : {kBFloat16, kFloat16})
+        for (bool master : {false, true}) {
+          step<float>(*kernels, half, half, 2, 2, reserve_p, master, original);
+          step<float>(*kernels, half, kFloat32, 2, 4, reserve_p, master, original);
+        }
+    }
+  }
+  const IndexMap column_shard = {(int64_t(1) << 35) + 5, {{3, 4000}, {5, 100}, {4, 20}, {11, 1}}};
+  std::vector<uint32_t> words(21);
+  kernels->keep_words(0x1234567890ABCDEFu, 7, 0, 1288490189u, column_shard, false, 660, words.data(), 0, 11);
+  add(words.data(), words.size() * 4);
+  std::printf("%016llx\n", static_cast<unsigned long long>(digest));
+  return 0;
+}
