@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -52,8 +52,8 @@ class ChildMask:
             ValueError: names that do not agree, words that do not fit their shape, no parameter.
         """
         by_label = _by_label(words)
-        sizes = {label: torch.Size(shape) for label, shape in _by_label(shapes).items()}
-        dense_names = frozenset(_by_label({name: name for name in dense}))
+        sizes = {label: _checked_shape(label, shape) for label, shape in _by_label(shapes).items()}
+        dense_names = _checked_names(dense)
         if by_label.keys() != sizes.keys():
             odd = sorted(by_label.keys() ^ sizes.keys())
             raise ValueError(f"words and shapes name different parameters: {', '.join(odd[:8])}")
@@ -184,6 +184,8 @@ class ChildMask:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as safetensors (SPEC.md, section 6); a file appears only when it is whole."""
         target = Path(path)
+        if not target.parent.is_dir():
+            raise FileNotFoundError(f"{target.parent} is no directory; make it first")
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -207,22 +209,18 @@ class ChildMask:
         """
         try:
             with safe_open(path, framework="pt", device=str(device)) as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} is no child mask; ChildMask.save writes them")
-                if metadata.get("version") != VERSION:
-                    raise ValueError(
-                        f"{path} is a child mask of version {metadata.get('version')}; this "
-                        f"installation reads version {VERSION}: install a newer childtune_kernels"
-                    )
-                shapes = json.loads(metadata["shapes"])
-                words = {label: file.get_tensor(label) for label in shapes}
-                dense = json.loads(metadata["dense"])
+                shapes, dense = _read_header(path, file.metadata() or {})
                 if set(file.keys()) != set(shapes):
-                    raise ValueError(f"{path} holds tensors that its header does not name")
+                    raise ValueError(
+                        f"{path}: the child mask's header names other tensors than it holds"
+                    )
+                words = {label: file.get_tensor(label) for label in shapes}
             return cls(words, shapes, dense)
-        except (SafetensorError, KeyError, TypeError, json.JSONDecodeError) as error:
+        except (SafetensorError, RuntimeError) as error:
             raise ValueError(f"{path} is not a whole child mask: {error}") from error
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return ChildMask, (dict(self.words), dict(self.shapes), self.dense_names)
 
     def __repr__(self) -> str:
         if self.numel() == 0:
@@ -264,6 +262,52 @@ class ChildMask:
             for label, words in self.words.items()
         }
         return ChildMask(combined, self.shapes, self.dense_names)
+
+
+def _read_header(
+    path: str | os.PathLike[str], metadata: Mapping[str, str]
+) -> tuple[dict[str, list[int]], list[str]]:
+    """The shapes and dense names in a file's metadata."""
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"{path} is no child mask; ChildMask.save writes them")
+    if metadata.get("version") != VERSION:
+        raise ValueError(
+            f"{path} is a child mask of version {metadata.get('version')}; this installation reads "
+            f"version {VERSION}: install a newer childtune_kernels"
+        )
+    try:
+        shapes, dense = json.loads(metadata["shapes"]), json.loads(metadata["dense"])
+    except (KeyError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{path} is not a whole child mask: {error}") from error
+    if not isinstance(shapes, dict) or not all(
+        isinstance(sizes, list) for sizes in shapes.values()
+    ):
+        raise ValueError(f"{path}: the child mask's shapes are not lists of sizes by label")
+    if not isinstance(dense, list) or not all(isinstance(name, str) for name in dense):
+        raise ValueError(f"{path}: the child mask's dense names are not a list of names")
+    return shapes, dense
+
+
+def _checked_shape(label: str, shape: Iterable[int]) -> torch.Size:
+    sizes = list(shape)
+    if not all(isinstance(size, int) and 0 <= size < 2**63 for size in sizes):
+        raise ValueError(f"the child mask gives {label} the shape {sizes!r}; sizes are counts")
+    return torch.Size(sizes)
+
+
+def _checked_names(dense: Iterable[str]) -> frozenset[str]:
+    if isinstance(dense, str):
+        raise ValueError(f"dense={dense!r} must be a list of names; use dense=[{dense!r}]")
+    names = list(dense)
+    if not all(isinstance(name, str) for name in names):
+        raise ValueError(f"dense={names!r} must be a list of names")
+    labels = [label_of(name) for name in names]
+    twice = sorted({label for label in labels if labels.count(label) > 1})
+    if twice:
+        raise ValueError(
+            f"the label {twice[0]!r} stands for two parameters of the mask; rename one"
+        )
+    return frozenset(labels)
 
 
 def _by_label(named: Mapping[str, _V]) -> dict[str, _V]:

@@ -26,8 +26,8 @@ DROP_IN = ("amsgrad", "fused", "foreach")
 OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, *DROP_IN)
 GROUP_KEYS = (*OPTIONS, "seed", "params", "param_names", "child_mask")
 
-#: What a group's numbers depend on; compared by value at every step.
-numeric_options = operator.itemgetter(*NUMBERS, *FLAGS, "convention")
+#: All that a step depends on, looked at anew at every step.
+watched_options = operator.itemgetter(*NUMBERS, *FLAGS, *CHOICES, "amsgrad", "seed")
 
 
 def _number(name: str, value: Any, where: str) -> float:
@@ -41,10 +41,9 @@ def _number(name: str, value: Any, where: str) -> float:
 
 
 def _betas(value: Any, where: str) -> tuple[float, float]:
-    try:
-        beta1, beta2 = (_number("betas", beta, where) for beta in value)
-    except TypeError:
-        raise ValueError(f"betas={value!r} ({where}) must be two numbers") from None
+    if not isinstance(value, tuple | list) or len(value) != 2:
+        raise ValueError(f"betas={value!r} ({where}) must be two numbers")
+    beta1, beta2 = (_number("betas", beta, where) for beta in value)
     if beta1 >= 1 or beta2 >= 1:
         raise ValueError(f"betas={value!r} ({where}) must lie in [0, 1)")
     return beta1, beta2
@@ -69,33 +68,53 @@ def _rounds_to_zero(eps: float) -> bool:
         return False
 
 
-def check_options(group: Mapping[str, Any], where: str) -> None:
-    """Refuse options that are no numbers: the choices and the drop-in ones.
+def check_spelling(group: Mapping[str, Any], where: str) -> None:
+    """Refuse a key that looks like a misspelt option; other keys of a group are its owner's affair.
 
     Raises:
-        ValueError: names the option, its value and what it may be.
+        ValueError: names the key and the option that was probably meant.
     """
-    for name, allowed in CHOICES.items():
-        if group[name] not in allowed:
-            raise ValueError(f"{name}={group[name]!r} ({where}) must be one of {allowed}")
-    if group["amsgrad"]:
-        raise ValueError(f"amsgrad=True ({where}) is not supported; use amsgrad=False")
     for key in group:
         if key not in GROUP_KEYS:
-            near = difflib.get_close_matches(key, OPTIONS, n=1, cutoff=0.8)
+            near = difflib.get_close_matches(key, (*OPTIONS, "child_mask"), n=1, cutoff=0.8)
             if near:
                 raise ValueError(
                     f"group key {key!r} ({where}) is no option; did you mean {near[0]!r}?"
                 )
 
 
-def group_numbers(group: Mapping[str, Any], has_fixed_mask: bool, where: str) -> GroupNumbers:
-    """The checked numbers of a group.
+def check_seed(seed: Any, where: str) -> None:
+    """Refuse a seed that is no integer.
 
     Raises:
-        ValueError: an option out of range, or an eps that fp32 rounds to 0 beside a mask (a dropped
-            element would be 0/0 in its first step).
+        ValueError: names the value.
     """
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} ({where}) must be an int or None")
+
+
+def _check_choices(group: Mapping[str, Any], where: str) -> None:
+    for name, allowed in CHOICES.items():
+        if group[name] not in allowed:
+            raise ValueError(f"{name}={group[name]!r} ({where}) must be one of {allowed}")
+    for name in FLAGS:
+        if not isinstance(group[name], bool):
+            raise ValueError(f"{name}={group[name]!r} ({where}) must be True or False")
+    if group["amsgrad"]:
+        raise ValueError(
+            f"amsgrad={group['amsgrad']!r} ({where}) is not supported; use amsgrad=False"
+        )
+    check_seed(group["seed"], where)
+
+
+def group_numbers(group: Mapping[str, Any], has_fixed_mask: bool, where: str) -> GroupNumbers:
+    """The numbers of a group, after a check of all its options.
+
+    Raises:
+        ValueError: an option out of range or of another kind, or an eps that fp32 rounds to 0 beside a
+            mask (a dropped element would be 0/0 in its first step).
+    """
+    _check_choices(group, where)
     beta1, beta2 = _betas(group["betas"], where)
     reserve_p, threshold = _threshold(group["reserve_p"], where)
     eps = _number("eps", group["eps"], where)
@@ -104,9 +123,6 @@ def group_numbers(group: Mapping[str, Any], has_fixed_mask: bool, where: str) ->
             f"eps={group['eps']!r} ({where}) is 0 in float32; with a mask a dropped element would "
             "be 0/0 in its first step; use eps=1e-8"
         )
-    for name in FLAGS:
-        if not isinstance(group[name], bool):
-            raise ValueError(f"{name}={group[name]!r} ({where}) must be True or False")
     return GroupNumbers(
         lr=_number("lr", group["lr"], where),
         beta1=beta1,

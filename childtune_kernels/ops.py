@@ -12,6 +12,7 @@ from . import registry
 from .plan_row import DTYPE_CODES, IndexMap
 
 KEEP_ALL = 1 << 32
+HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -23,7 +24,8 @@ def check_parameter(label: str, parameter: Tensor) -> None:
     """Refuse a parameter that no kernel can update.
 
     Raises:
-        ValueError: complex, sparse, or another type than fp32, fp64, bf16 and fp16.
+        ValueError: complex, sparse, another type than fp32, fp64, bf16 and fp16, or a tensor without
+            memory of its own (on the meta device, or a wrapper as DTensor is).
     """
     if parameter.layout != torch.strided:
         raise ValueError(f"parameter {label}: layout {parameter.layout}; only dense tensors train")
@@ -31,6 +33,11 @@ def check_parameter(label: str, parameter: Tensor) -> None:
         raise ValueError(
             f"parameter {label}: dtype {parameter.dtype} is not supported; "
             "use float32, float64, bfloat16 or float16"
+        )
+    if parameter.numel() and parameter.data_ptr() == 0:
+        raise ValueError(
+            f"parameter {label}: a {type(parameter).__name__} on {parameter.device} has no memory of "
+            "its own; materialise it first (DTensor is not supported yet)"
         )
 
 
@@ -78,6 +85,24 @@ def child_adamw_(
         choice.module.child_adamw_(rows)
     else:
         choice.module.child_adamw_(rows, row_table, group_table)
+
+
+def observe(tensors: Sequence[Tensor], choice: registry.Choice) -> Tensor:
+    """Where tensors lie and what they look like, to be compared with another time.
+
+    Args:
+        tensors: dense tensors of any device.
+        choice: what ``registry.choose("observe", device)`` gave.
+
+    Returns:
+        int64 ``[len(tensors), 2]``: the address, and a 64-bit digest of dtype, device, sizes, strides and
+        of whether the address is null. Digests of two backends, or processes, do not compare.
+
+    Raises:
+        RuntimeError: a tensor without strides, as sparse ones are.
+    """
+    observed: Tensor = choice.module.observe(tensors)
+    return observed
 
 
 def keep_words(
@@ -154,6 +179,8 @@ def check_words(label: str, words: Tensor, numel: int) -> None:
         ValueError: not int32, not one dimension of ``ceil(numel / 32)`` words, or bits past the end.
     """
     count = (numel + 31) // 32
+    if not isinstance(words, Tensor):
+        raise ValueError(f"mask of {label}: words must be a tensor, not {type(words).__name__}")
     if words.dtype != torch.int32 or words.shape != (count,):
         raise ValueError(
             f"mask of {label}: words of {words.dtype} and shape {tuple(words.shape)} for {numel} "

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import chain
+from operator import is_
 from typing import Any, overload
 
 import torch
@@ -12,10 +14,10 @@ from torch.optim.optimizer import ParamsT
 
 from . import ops, parameter_state, registry, state_dicts
 from .child_mask import ChildMask
-from .group_options import check_options, group_numbers
+from .group_options import check_seed, check_spelling, group_numbers
 from .labels import philox_key
 from .plan_row import contiguous_map
-from .step_plan import Row, StepPlan
+from .step_plan import Row, StepPlan, check_state
 from .summary import summary_table
 
 
@@ -82,8 +84,7 @@ class FusedChildAdamW(Optimizer):
         fused: bool | None = None,
         foreach: bool | None = None,
     ) -> None:
-        if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-            raise ValueError(f"seed={seed!r} must be an int or None")
+        seed = torch.initial_seed() if seed is None else seed
         if backend is not None and backend not in registry.BACKENDS:
             raise ValueError(
                 f"backend={backend!r} is unknown; use one of {registry.BACKENDS} or None"
@@ -103,12 +104,12 @@ class FusedChildAdamW(Optimizer):
             "amsgrad": amsgrad,
             "fused": fused,
             "foreach": foreach,
-            "seed": torch.initial_seed() if seed is None else seed,
+            "seed": seed,
         }
         self._backend = backend
         self._plans: list[StepPlan] | None = None
+        self._planned: list[Any] = []
         self._default_mask = child_mask
-        check_options(defaults, "the constructor")
         group_numbers(defaults, child_mask is not None, "the constructor")
         super().__init__(params, defaults)
         self._default_mask = None
@@ -117,7 +118,8 @@ class FusedChildAdamW(Optimizer):
         """Add a group of parameters, with options of its own, to those that are optimized.
 
         Args:
-            param_group: ``"params"`` and any options of the constructor but ``seed`` and ``backend``.
+            param_group: ``"params"`` and any options of the constructor but ``seed`` and ``backend``. A
+                ``child_mask`` is the group's own: one given to the constructor covers only its groups.
 
         Raises:
             ValueError: as the constructor; the optimizer is left as it was.
@@ -135,7 +137,7 @@ class FusedChildAdamW(Optimizer):
             for label, parameter in zip(present["param_names"], present["params"], strict=True)
         ]
         labels, parameters = parameter_state.labelled(group, known, where)
-        check_options(group, where)
+        check_spelling(group, where)
         group_numbers(group, mask is not None, where)
         words = parameter_state.mask_words(mask, labels, parameters)
         group["params"], group["param_names"] = parameters, labels
@@ -180,46 +182,69 @@ class FusedChildAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self._plans is None:
-            self._plans = self._make_plans()
-        for plan in self._plans:
+        plans = self._current_plans()
+        for plan in plans:
             plan.refresh()
-        for plan in self._plans:
+        for plan in plans:
             ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice)
             plan.finish()
         return loss
 
+    def _current_plans(self) -> list[StepPlan]:
+        """The plans, made anew where groups, parameters or state were exchanged by hand."""
+        present = [
+            *self.param_groups,
+            *chain.from_iterable(group["params"] for group in self.param_groups),
+            *self.state.values(),
+        ]
+        same = len(present) == len(self._planned) and all(map(is_, present, self._planned))
+        if self._plans is None or not same:
+            self._plans = self._make_plans()
+            self._planned = present
+        return self._plans
+
     def _make_plans(self) -> list[StepPlan]:
         """One plan a device; the steps of its parameters become views of one tensor."""
-        members: dict[torch.device, list[tuple[str, Tensor, dict[str, Any]]]] = {}
-        for group in self.param_groups:
-            for label, parameter in zip(group["param_names"], group["params"], strict=True):
-                members.setdefault(parameter.device, []).append((label, parameter, group))
-        plans = []
-        for device, entries in members.items():
-            choice = registry.choose("child_adamw", device, self._backend)
-            states = [self.state[parameter] for _, parameter, _ in entries]
-            steps = torch.stack([state["step"].to(device) for state in states])
-            groups: list[dict[str, Any]] = []
-            rows = []
-            for (label, parameter, group), state, step in zip(
-                entries, states, steps.unbind(), strict=True
-            ):
-                state["step"] = step
-                if not groups or groups[-1] is not group:
-                    groups.append(group)
-                rows.append(
-                    Row(
-                        label=label,
-                        parameter=parameter,
-                        state=state,
-                        group_index=len(groups) - 1,
-                        philox_key=philox_key(group["seed"], label),
-                        element_map=contiguous_map(parameter.numel()),
-                    )
+        members: dict[torch.device, list[Row]] = {}
+        groups: dict[torch.device, list[dict[str, Any]]] = {}
+        for number, group in enumerate(self.param_groups):
+            check_seed(group["seed"], f"group {number}")
+            if len(group["param_names"]) != len(group["params"]):
+                raise ValueError(
+                    f"group {number} has {len(group['params'])} parameters and "
+                    f"{len(group['param_names'])} param_names; change both, or use add_param_group"
                 )
-            plans.append(StepPlan(rows, groups, choice))
+            for label, parameter in zip(group["param_names"], group["params"], strict=True):
+                of_device = groups.setdefault(parameter.device, [])
+                if not of_device or of_device[-1] is not group:
+                    of_device.append(group)
+                row = Row(
+                    label=label,
+                    parameter=parameter,
+                    state=self._state_of(label, parameter),
+                    group_index=len(of_device) - 1,
+                    philox_key=philox_key(group["seed"], label),
+                    element_map=contiguous_map(parameter.numel()),
+                )
+                check_state(row)
+                members.setdefault(parameter.device, []).append(row)
+        plans = []
+        for device, rows in members.items():
+            choice = registry.choose("child_adamw", device, self._backend)
+            steps = torch.stack([row.step.to(device) for row in rows])
+            for row, step in zip(rows, steps.unbind(), strict=True):
+                row.state["step"] = step
+            plans.append(StepPlan(rows, groups[device], choice))
         return plans
+
+    def _state_of(self, label: str, parameter: Tensor) -> dict[str, Tensor]:
+        state: dict[str, Tensor] | None = self.state.get(parameter)
+        if not state:
+            raise ValueError(
+                f"state of {label} is missing, and with it the mask, if it had one; load a state dict, "
+                "build the optimizer anew, or add new parameters with add_param_group"
+            )
+        return state
 
     def load_state_dict(self, state_dict: dict[str, Any], *, relabel: bool = False) -> None:
         """Continue from a saved state, of FusedChildAdamW or of ``torch.optim.AdamW``.
@@ -244,6 +269,8 @@ class FusedChildAdamW(Optimizer):
             self.param_groups, self.state, state_dict, relabel=relabel
         )
         self.__setstate__({"param_groups": groups, "state": state})
+        # What is added later belongs to the same run.
+        self.defaults["seed"] = groups[0]["seed"]
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -280,4 +307,4 @@ class FusedChildAdamW(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
         self._default_mask = None
-        self._plans = None
+        self._plans, self._planned = None, []

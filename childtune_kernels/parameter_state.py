@@ -32,7 +32,9 @@ def labelled(
     if names is None and not any(map(is_positional, group.get("param_names", ["#"]))):
         names = list(group["param_names"])
         if len(names) != len(tensors):
-            raise ValueError(f"param_names ({where}): {len(names)} names for {len(tensors)} parameters")
+            raise ValueError(
+                f"param_names ({where}): {len(names)} names for {len(tensors)} parameters"
+            )
     if names is None:
         labels = [positional_label(len(known) + index) for index in range(len(tensors))]
     else:
@@ -42,19 +44,27 @@ def labelled(
             f"params ({where}): some groups have names and some have not; name them all"
         )
     seen_labels = {label for label, _ in known}
-    seen_tensors = {id(tensor): label for label, tensor in known}
+    seen_memory = {_memory(tensor): label for label, tensor in known}
     for label, tensor in zip(labels, tensors, strict=True):
-        if id(tensor) in seen_tensors:
-            raise ValueError(
-                f"parameter {label} ({where}) is the same tensor as {seen_tensors[id(tensor)]}; "
-                "pass each tensor once"
-            )
         if label in seen_labels:
             raise ValueError(f"the label {label!r} ({where}) stands for two parameters; rename one")
-        seen_labels.add(label)
-        seen_tensors[id(tensor)] = label
         _check_tensor(label, tensor)
+        memory = _memory(tensor)
+        if memory in seen_memory:
+            raise ValueError(
+                f"parameter {label} ({where}) is the same tensor as {seen_memory[memory]}, or shares "
+                "its memory; pass each weight once"
+            )
+        seen_labels.add(label)
+        seen_memory[memory] = label
     return labels, tensors
+
+
+def _memory(tensor: Tensor) -> tuple[Any, ...]:
+    """Equal for one tensor twice, and for two that begin at the same weight."""
+    if tensor.numel() == 0 or tensor.layout != torch.strided:
+        return (id(tensor),)
+    return tensor.device, tensor.data_ptr()
 
 
 def _split_names(params: Any, where: str) -> tuple[list[str] | None, list[Tensor]]:
@@ -139,7 +149,7 @@ def initial_state(parameter: Tensor, words: Tensor | None, master_weight: str) -
 
 def has_master(parameter: Tensor, master_weight: str) -> bool:
     """Whether a parameter keeps an fp32 master under this ``master_weight`` option (eq. 12)."""
-    return master_weight != "none" and parameter.dtype in (torch.bfloat16, torch.float16)
+    return master_weight != "none" and parameter.dtype in ops.HALF_TYPES
 
 
 def master_of(parameter: Tensor) -> Tensor:

@@ -83,14 +83,14 @@ def strided_map(sizes: Sequence[int], strides: Sequence[int], base: int = 0) -> 
     Dimensions that follow one another in memory are joined.
 
     Raises:
-        ValueError: more than four levels remain, or elements share memory (a stride of 0).
+        ValueError: more than four levels remain, or elements share memory.
     """
     levels: list[tuple[int, int]] = []
+    if _may_overlap(sizes, strides):
+        raise ValueError(f"elements of shape {tuple(sizes)}, strides {tuple(strides)} share memory")
     for size, stride in zip(sizes, strides, strict=True):
         if size == 1:
             continue
-        if stride == 0 and size > 1:
-            raise ValueError(f"strides {tuple(strides)} of shape {tuple(sizes)} share memory")
         if levels and levels[-1][1] == size * stride:
             levels[-1] = (levels[-1][0] * size, stride)
         else:
@@ -101,3 +101,13 @@ def strided_map(sizes: Sequence[int], strides: Sequence[int], base: int = 0) -> 
             f"strides; at most {MAP_LEVELS} are supported"
         )
     return IndexMap(base, tuple(levels) or ((1, 1),))
+
+
+def _may_overlap(sizes: Sequence[int], strides: Sequence[int]) -> bool:
+    """Whether a stride is too short to step over all that the shorter strides span."""
+    span = 0
+    for stride, size in sorted(zip(strides, sizes, strict=True)):
+        if size > 1 and stride <= span:
+            return True
+        span += (size - 1) * stride
+    return False

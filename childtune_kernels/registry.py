@@ -14,6 +14,7 @@ import torch
 BACKENDS = ("triton", "cpp", "reference")
 TABLE: dict[str, dict[str, str | None]] = {
     "child_adamw": {"triton": None, "cpp": "cpp", "reference": "reference.child_adamw"},
+    "observe": {"triton": None, "cpp": "cpp", "reference": "reference.observe"},
     "keep_words": {"triton": None, "cpp": "cpp", "reference": "reference.keep_words"},
     "bitmask": {"triton": None, "cpp": "cpp", "reference": "reference.bitmask"},
 }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops
-from .group_options import OPTIONS, check_options, group_numbers
+from .group_options import OPTIONS, check_seed, check_spelling, group_numbers
 from .labels import is_positional, label_of
 from .parameter_state import has_master, initial_state, master_of
 
@@ -45,8 +45,8 @@ def restored(
     new_groups = []
     for group, saved_group in zip(groups, saved_groups, strict=True):
         own = "reserve_p" in saved_group
-        if not own and "momentum" in saved_group:
-            raise ValueError("the state dict is of another optimizer; load one of AdamW's kind")
+        if not own:
+            _check_is_adamw(saved_group)
         new_group = _restored_group(group, saved_group, own)
         for label, parameter, index in zip(
             group["param_names"], group["params"], saved_group["params"], strict=True
@@ -80,6 +80,11 @@ def _check_labels(groups: Groups, saved_groups: Groups, relabel: bool) -> None:
         saved_names = saved_group.get("param_names")
         if saved_names is None:
             continue
+        if len(saved_names) != len(group["param_names"]):
+            raise ValueError(
+                f"the state dict has {len(saved_names)} param_names for a group of "
+                f"{len(group['param_names'])} parameters; it was altered or cut"
+            )
         saved_labels = [name if is_positional(name) else label_of(name) for name in saved_names]
         differing += [
             f"{saved} (saved) is not {label}"
@@ -93,6 +98,15 @@ def _check_labels(groups: Groups, saved_groups: Groups, relabel: bool) -> None:
         )
 
 
+def _check_is_adamw(saved: Mapping[str, Any]) -> None:
+    """Refuse the groups of optimizers that mean something else by the same state."""
+    coupled = saved.get("decoupled_weight_decay") is False and saved.get("weight_decay")
+    if coupled or "betas" not in saved or "momentum_decay" in saved or "rho" in saved:
+        raise ValueError(
+            "the state dict is of another optimizer; load one of AdamW's kind (decoupled decay, betas)"
+        )
+
+
 def _restored_group(group: dict[str, Any], saved: dict[str, Any], own: bool) -> dict[str, Any]:
     if own:
         taken = dict(saved)
@@ -103,7 +117,9 @@ def _restored_group(group: dict[str, Any], saved: dict[str, Any], own: bool) -> 
         taken = {name: value for name, value in saved.items() if name not in foreign}
     restored_group = {**group, **taken}
     restored_group["params"], restored_group["param_names"] = group["params"], group["param_names"]
-    check_options(restored_group, "the state dict")
+    if own:
+        check_seed(saved.get("seed"), "the state dict")
+    check_spelling(restored_group, "the state dict")
     return restored_group
 
 
@@ -128,37 +144,44 @@ def _restored_state(
         for name in _MOMENTS:
             state[name].masked_fill_(outside, 0.0)
     if has_master(parameter, master_weight):
-        master = saved.get("master_weight")
-        if master is not None and master.shape != parameter.shape:
-            raise ValueError(f"state master_weight of {label} has shape {tuple(master.shape)}, the "
-                             f"parameter {tuple(parameter.shape)}")  # fmt: skip
-        state["master_weight"] = _copied(master_of(parameter) if master is None else master,
-                                         parameter, torch.float32)  # fmt: skip
+        state["master_weight"] = master_of(parameter)
+        if "master_weight" in saved:
+            state["master_weight"] = _saved_tensor(
+                "master_weight", label, parameter, saved, torch.float32
+            )
     return state
 
 
 def _saved_moments(label: str, parameter: Tensor, saved: State) -> dict[str, Tensor]:
     compute = ops.compute_dtype(parameter.dtype)
-    moments = {}
-    for name in _MOMENTS:
-        tensor = saved.get(name)
-        if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
-            found = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
-            raise ValueError(
-                f"state {name} of {label} is {found} in the state dict; the parameter has shape "
-                f"{tuple(parameter.shape)}"
-            )
-        moments[name] = _copied(tensor, parameter, compute)
+    moments = {name: _saved_tensor(name, label, parameter, saved, compute) for name in _MOMENTS}
     if "step" not in saved:
         raise ValueError(f"state of {label} has no step in the state dict")
-    step = int(saved["step"])
-    moments["step"] = torch.tensor(step, dtype=torch.int64, device=parameter.device)
+    try:
+        step = float(saved["step"])
+    except (TypeError, ValueError, RuntimeError):
+        step = -1.0
+    if not (step.is_integer() and step >= 0):
+        raise ValueError(f"state step of {label} is {saved['step']!r}; it must be a count of steps")
+    # AdamW counts in float32; an int64 count is taken as it is.
+    moments["step"] = torch.tensor(int(saved["step"]), dtype=torch.int64, device=parameter.device)
     return moments
 
 
-def _copied(tensor: Tensor, parameter: Tensor, dtype: torch.dtype) -> Tensor:
-    copied = torch.empty(parameter.shape, dtype=dtype, device=parameter.device)
-    return copied.copy_(tensor)
+def _saved_tensor(
+    name: str, label: str, parameter: Tensor, saved: State, dtype: torch.dtype
+) -> Tensor:
+    """A copy of one state tensor as this parameter needs it: row-major, on its device, of ``dtype``."""
+    tensor = saved.get(name)
+    if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+        found = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
+        raise ValueError(
+            f"state {name} of {label} is {found} in the state dict; the parameter has shape "
+            f"{tuple(parameter.shape)}"
+        )
+    if not tensor.is_floating_point():
+        raise ValueError(f"state {name} of {label} is of {tensor.dtype}; it must be floating point")
+    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device).copy_(tensor)
 
 
 def _warn_of_other_mask(label: str, saved: Tensor | None, current: Tensor | None) -> None:

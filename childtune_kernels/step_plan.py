@@ -1,8 +1,8 @@
 """The plan of a step: one row a tensor, one table for all groups (SPEC.md, section 4).
 
-Pointers are read anew at every step and compared by value with those of the step before; only rows
-that changed are checked and written again. The plan keeps parameters and state alive, never
-gradients.
+Addresses are read anew at every step and compared by value with those of the step before; rows are
+checked and written again only where something has moved or looks different. The plan keeps parameters
+and state alive, never gradients.
 """
 
 from __future__ import annotations
@@ -10,13 +10,15 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import ops, registry
-from .group_options import group_numbers, numeric_options
+from .group_options import group_numbers, watched_options
+from .labels import philox_key
 from .plan_row import (
     DTYPE_CODES,
     GROUP_COLUMN,
@@ -30,6 +32,7 @@ from .plan_row import (
 )
 
 _MAPS = {"element_map", "storage_map"}
+_NOTHING = torch.empty((0, 2), dtype=torch.int64)
 
 
 @dataclass(eq=False)
@@ -70,8 +73,22 @@ class Row:
         return self.state.get("mask_words")
 
 
-def _placement(parameter: Tensor) -> tuple[Any, ...]:
-    return parameter.shape, parameter.stride(), parameter.dtype, parameter.device
+def _needs_copy(parameter: Tensor, grad: Tensor) -> bool:
+    """Whether a kernel that walks the parameter's strides cannot read the gradient where it lies."""
+    return grad.numel() > 0 and (
+        grad.stride() != parameter.stride() or grad.is_neg() or grad.data_ptr() == 0
+    )
+
+
+def _signed(key: int) -> int:
+    return key - (key >> 63 << 64)
+
+
+def _equal(options: tuple[Any, ...], seen: tuple[Any, ...]) -> bool:
+    try:
+        return options == seen
+    except RuntimeError:  # a tensor of several elements has no truth value; group_numbers says so
+        return False
 
 
 def check_state(row: Row) -> None:
@@ -106,6 +123,21 @@ def check_state(row: Row) -> None:
         ops.check_words(label, row.mask_words, parameter.numel())
 
 
+def check_master(row: Row, master_weight: str) -> None:
+    """Refuse state that has a master weight where the options say there is none, or the reverse.
+
+    Raises:
+        ValueError: the option or the parameter's type has changed since the state was made.
+    """
+    expected = master_weight != "none" and row.parameter.dtype in ops.HALF_TYPES
+    if expected != ("master_weight" in row.state):
+        raise ValueError(
+            f"state of {row.label} {'lacks a' if expected else 'has a'} master weight, which does not "
+            f"go with master_weight={master_weight!r} and a weight of {row.parameter.dtype}; build the "
+            "optimizer anew and load its state dict"
+        )
+
+
 class StepPlan:
     """The tables of all tensors of one device, in the order of the optimizer's groups.
 
@@ -121,6 +153,11 @@ class StepPlan:
         self.rows = list(rows)
         self.groups = list(groups)
         self.choice = choice
+        self._observe = registry.choose(
+            "observe",
+            rows[0].parameter.device,
+            "reference" if choice.backend == "reference" else None,
+        )
         self._row_data = array("q", bytes(8 * ROW_WIDTH * len(self.rows)))
         self._group_data = array("d", bytes(8 * GROUP_WIDTH * len(self.groups)))
         self.row_table = torch.frombuffer(self._row_data, dtype=torch.int64).view(-1, ROW_WIDTH)
@@ -133,15 +170,19 @@ class StepPlan:
         for row in self.rows:
             self._rows_of_group[row.group_index].append(row)
         self._options: list[Any] = [None] * len(self.groups)
-        self._seen_gradients: list[Any] = [None] * len(self.rows)
-        self._seen_pointers: list[Any] = [None] * len(self.rows)
-        self._placements: list[Any] = [None] * len(self.rows)
+        self._seeds = [group["seed"] for group in self.groups]
+        self._live: list[int] | None = None
+        self._live_rows = torch.tensor([], dtype=torch.int64)
+        self._placed, self._pointed = _NOTHING, _NOTHING
+        self._state: list[int] = []
+        self._copied_rows: list[int] = []
+        self._changing: list[Tensor] = []
         # Alive as long as the table points at them, so that no address can be given out again.
         self._held: list[Any] = [None] * len(self.rows)
         self._copies: list[Tensor] = []
 
     def refresh(self) -> None:
-        """Bring the tables up to date with the groups' options and this step's pointers.
+        """Bring the tables up to date with the groups' options and this step's tensors.
 
         Raises:
             ValueError: an option, a gradient or state that no kernel may see; nothing was written.
@@ -149,60 +190,90 @@ class StepPlan:
         self._copies.clear()
         self._refresh_groups()
         gradients = [parameter.grad for parameter in self._parameters]
-        signatures = self._gradient_signatures(gradients)
-        pointers = self._pointers()
-        if pointers == self._seen_pointers and signatures == self._seen_gradients:
-            return
-        for index, row in enumerate(self.rows):
-            moved = pointers[index] != self._seen_pointers[index]
-            if not moved and signatures[index] == self._seen_gradients[index]:
-                continue
-            if moved or _placement(row.parameter) != self._placements[index]:
-                self._place(index, row)
-                self._seen_pointers[index] = pointers[index]
-            copied = self._point_at_gradient(index, row, gradients[index])
-            # A copied gradient is copied at every step: its row never counts as unchanged.
-            self._seen_gradients[index] = () if copied else signatures[index]
+        live = [index for index, grad in enumerate(gradients) if grad is not None]
+        present = [grad for grad in gradients if grad is not None]
+        placed, pointed, state = self._observed(present)
+        moved = state != self._state or not torch.equal(placed, self._placed)
+        if moved or live != self._live or not torch.equal(pointed, self._pointed):
+            looks_same = (
+                not moved and live == self._live and torch.equal(pointed[:, 1], self._pointed[:, 1])
+            )
+            if looks_same and not any(map(Tensor.is_neg, present)):
+                self.row_table[self._live_rows, ROW_COLUMN["grad"]] = pointed[:, 0]
+            else:
+                self._refresh_rows(gradients, moved)
+                self._live, self._live_rows = live, torch.tensor(live)
+                self._placed, self._state = placed, state
+            self._pointed = pointed
+        for index in self._copied_rows:
+            self._point_at_copy(index, gradients[index])
 
-    def _gradient_signatures(self, gradients: list[Tensor | None]) -> list[Any]:
-        try:
-            return [
-                None if grad is None else (grad.data_ptr(), grad.dtype, grad.shape, grad.stride())
-                for grad in gradients
-            ]
-        except RuntimeError:  # a sparse gradient has neither strides nor a pointer
-            for row, grad in zip(self.rows, gradients, strict=True):
-                if grad is not None:
-                    ops.check_gradient(row.label, row.parameter, grad)
-            raise
+    def _observed(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
+        """What parameters and gradients look like now (ops.observe), and the addresses of all state.
 
-    def _pointers(self) -> list[Any]:
-        pointer = Tensor.data_ptr
+        Of state the addresses are enough: the plan holds what stood there, so that no other tensor can
+        come to lie at the same one.
+        """
         try:
-            return [
-                (pointer(parameter), *map(pointer, state.values()))
-                for parameter, state in zip(self._parameters, self._states, strict=True)
-            ]
-        except TypeError:
+            state = list(map(Tensor.data_ptr, chain.from_iterable(map(dict.values, self._states))))
+            observed = ops.observe([*self._parameters, *gradients], self._observe)
+        except (TypeError, RuntimeError, AttributeError):
             for row in self.rows:
+                ops.check_parameter(row.label, row.parameter)
                 check_state(row)
+                if row.parameter.grad is not None:
+                    ops.check_gradient(row.label, row.parameter, row.parameter.grad)
             raise
+        count = len(self._parameters)
+        return observed[:count], observed[count:], state
+
+    def _refresh_rows(self, gradients: list[Tensor | None], moved: bool) -> None:
+        """Check and write the rows anew: something has moved, or looks different."""
+        # Until every row is right, nothing may be taken for unchanged.
+        self._live, self._placed = None, _NOTHING
+        for index, (row, grad) in enumerate(zip(self.rows, gradients, strict=True)):
+            if moved:
+                self._place(index, row)
+            if grad is not None:
+                ops.check_gradient(row.label, row.parameter, grad)
+        for index, (row, grad) in enumerate(zip(self.rows, gradients, strict=True)):
+            row.active = grad is not None
+            self._row_data[self._at(index, "active")] = row.active
+            if grad is not None:
+                self._row_data[self._at(index, "grad")] = grad.data_ptr()
+                self._row_data[self._at(index, "grad_dtype")] = DTYPE_CODES[grad.dtype]
+        self._changing = [row.parameter for row in self.rows if row.active]
+        self._copied_rows = [
+            index
+            for index, (row, grad) in enumerate(zip(self.rows, gradients, strict=True))
+            if grad is not None and _needs_copy(row.parameter, grad)
+        ]
+
+    def _point_at_copy(self, index: int, grad: Tensor | None) -> None:
+        """Give a row its gradient under the strides of its parameter."""
+        assert grad is not None
+        parameter = self.rows[index].parameter
+        copy = torch.empty_strided(
+            parameter.shape, parameter.stride(), dtype=grad.dtype, device=grad.device
+        ).copy_(grad)
+        self._copies.append(copy)
+        self._row_data[self._at(index, "grad")] = copy.data_ptr()
 
     def finish(self) -> None:
         """Drop what only the step needed, and tell autograd that the weights have changed."""
         self._copies.clear()
-        changed = [row.parameter for row in self.rows if row.active]
-        torch.autograd.graph.increment_version(changed)
+        torch.autograd.graph.increment_version(self._changing)
 
     def _at(self, index: int, column: str) -> int:
         return index * ROW_WIDTH + ROW_COLUMN[column]
 
     def _refresh_groups(self) -> None:
         for index, group in enumerate(self.groups):
-            options = numeric_options(group)
-            if options == self._options[index]:
+            options, seen = watched_options(group), self._options[index]
+            if seen is not None and _equal(options, seen):
                 continue
             rows = self._rows_of_group[index]
+            self._options[index] = None
             masked = any("mask_words" in row.state for row in rows)
             numbers = group_numbers(group, masked, f"group of {rows[0].label}")
             start = index * GROUP_WIDTH
@@ -210,28 +281,28 @@ class StepPlan:
                 self._group_data[start + at] = getattr(numbers, name)
             for row in rows:
                 row.numbers = numbers
-            self._options[index] = options
+                check_master(row, group["master_weight"])
+            if group["seed"] != self._seeds[index]:
+                self._take_seed(index, rows, group["seed"])
+            # A tensor or list can change and still be the same object: it is read at every step.
+            if isinstance(group["betas"], tuple) and not any(
+                isinstance(option, Tensor) for option in (*options, *group["betas"])
+            ):
+                self._options[index] = options
 
-    def _point_at_gradient(self, index: int, row: Row, grad: Tensor | None) -> bool:
-        """Write what a row says of its gradient; whether it had to be copied."""
-        data = self._row_data
-        row.active = grad is not None
-        data[self._at(index, "active")] = row.active
-        if grad is None:
-            return False
-        ops.check_gradient(row.label, row.parameter, grad)
-        copied = grad.stride() != row.parameter.stride() and grad.numel() > 0
-        if copied:
-            grad = torch.empty_like(row.parameter, dtype=grad.dtype).copy_(grad)
-            self._copies.append(grad)
-        data[self._at(index, "grad")] = grad.data_ptr()
-        data[self._at(index, "grad_dtype")] = DTYPE_CODES[grad.dtype]
-        return copied
+    def _take_seed(self, index: int, rows: Sequence[Row], seed: int) -> None:
+        """Draw the masks of a group from another seed."""
+        for row in rows:
+            row.philox_key = philox_key(seed, row.label)
+            at = self._at(self.rows.index(row), "philox_key")
+            self._row_data[at] = _signed(row.philox_key)
+        self._seeds[index] = seed
 
     def _place(self, index: int, row: Row) -> None:
         """Write everything of a row that is not the gradient's."""
         ops.check_parameter(row.label, row.parameter)
         check_state(row)
+        check_master(row, self.groups[row.group_index]["master_weight"])
         parameter, numel = row.parameter, row.parameter.numel()
         try:
             storage = strided_map(parameter.shape, parameter.stride())
@@ -240,7 +311,6 @@ class StepPlan:
         if numel == 0 or parameter.is_contiguous():
             storage = contiguous_map(numel)
         words, master = row.mask_words, row.master_weight
-        key = row.philox_key
         columns: dict[str, Any] = {
             "group": row.group_index,
             "numel": numel,
@@ -251,7 +321,7 @@ class StepPlan:
             "master_weight": 0 if master is None else master.data_ptr(),
             "mask_words": 0 if words is None else words.data_ptr(),
             "step": row.step.data_ptr(),
-            "philox_key": key - (key >> 63 << 64),
+            "philox_key": _signed(row.philox_key),
             "element_contiguous": row.element_map.is_contiguous,
             "storage_contiguous": storage.is_contiguous,
             "element_map": row.element_map,
@@ -263,5 +333,4 @@ class StepPlan:
                 self._row_data[at : at + 9] = array("q", value.columns())
             else:
                 self._row_data[at] = value
-        self._held[index] = (dict(row.state), parameter.detach())
-        self._placements[index] = _placement(parameter)
+        self._held[index] = [tensor.detach() for tensor in (parameter, *row.state.values())]

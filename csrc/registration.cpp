@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(childtune_kernels, m) {
   m.def("pack_mask_(Tensor mask, Tensor(a!) words, int capability) -> ()");
   m.def("unpack_mask_(Tensor words, Tensor(a!) mask, int capability) -> ()");
   m.def("count_mask(Tensor words, int capability) -> int");
+  m.def("observe_(Tensor[] tensors, Tensor(a!) observed) -> ()");
   m.def("has_capability(int capability) -> bool");
   m.def("row_fields() -> str");
   m.def("group_fields() -> str");
@@ -33,6 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CompositeExplicitAutograd, m) {
+  m.impl("observe_", TORCH_BOX(&childtune::observe_));
   m.impl("has_capability", TORCH_BOX(&childtune::has_capability));
   m.impl("row_fields", TORCH_BOX(&childtune::row_fields));
   m.impl("group_fields", TORCH_BOX(&childtune::group_fields));

@@ -81,6 +81,13 @@ def child_adamw_(rows: Sequence[Any], row_table: Tensor, group_table: Tensor) ->
     torch.ops.childtune_kernels.child_adamw_(row_table, group_table, capability())
 
 
+def observe(tensors: Sequence[Tensor]) -> Tensor:
+    """Address and digest of each tensor (contract: ops.observe)."""
+    observed = torch.empty((len(tensors), 2), dtype=torch.int64)
+    torch.ops.childtune_kernels.observe_.default(tensors, observed)
+    return observed
+
+
 def keep_words(
     numel: int,
     element_map: IndexMap,

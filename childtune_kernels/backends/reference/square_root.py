@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 _SPLITTER = 2.0**27 + 1.0
-_TINY, _SCALE = 2.0**-800, 2.0**200
+# Outside these the remainder's parts would underflow or overflow; the roots of scaled values scale.
+_TINY, _HUGE, _SCALE = 2.0**-800, 2.0**800, 2.0**200
 
 
 def square_root(x: Tensor) -> Tensor:
@@ -28,8 +29,8 @@ def square_root(x: Tensor) -> Tensor:
 
 def _square_root_64(x: Tensor) -> Tensor:
     """Moves torch's root to its neighbour where the exact remainder says that one is nearer."""
-    tiny = x < _TINY  # scaled up, so that the remainder's low part does not underflow
-    scaled = torch.where(tiny, x * _SCALE, x)
+    tiny, huge = x < _TINY, x > _HUGE
+    scaled = torch.where(tiny, x * _SCALE, torch.where(huge, x / _SCALE, x))
     root = scaled.sqrt()
     remainder = (scaled - root * root) - _product_error(root)
     above = torch.nextafter(root, torch.full_like(root, torch.inf))
@@ -38,6 +39,7 @@ def _square_root_64(x: Tensor) -> Tensor:
     # neighbours, root ± half a place, is passed exactly where |remainder| passes root * place.
     rounded = torch.where(remainder > root * (above - root), above, root)
     rounded = torch.where((remainder <= -root * (root - below)) & (root > 0), below, rounded)
+    rounded = torch.where(huge, rounded * _SCALE**0.5, rounded)
     return torch.where(tiny, rounded * _SCALE**-0.5, rounded)
 
 

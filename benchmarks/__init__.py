@@ -1,0 +1,1 @@
+"""Benchmarks of an optimizer step; README.md says how they measure."""

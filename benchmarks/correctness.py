@@ -1,0 +1,119 @@
+"""Right before fast: every variant is checked on cut-down tensors of its case before it is timed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch.optim import AdamW, Optimizer
+
+from childtune_kernels import registry
+
+from .cases import Case, Shapes, Workload
+from .variants import OPTIONS, Variant
+
+_STEPS = 5
+# Weights are of size 1: rounding in fp32 costs 5e-7; a step that does nothing, or leaves decay out,
+# misses by 5e-3 and 5e-5.
+_TOLERANCE = 2e-6
+
+
+def missing_kernel(device: torch.device) -> str | None:
+    """Why only the reference serves a device, or None: its speed is of no interest."""
+    choice = registry.choose("child_adamw", device)
+    if choice.backend != "reference":
+        return None
+    return f"there is no kernel for {device}, so nothing is measured:\n{registry.explain(device)}"
+
+
+def fault_of(variant: Variant, case: Case, device: torch.device) -> str | None:
+    """What is wrong with a variant on the tensors of a case, or None."""
+    shapes = case.miniature()
+    checks: list[Callable[[Variant, Shapes, torch.device], str | None]] = []
+    if variant.family == "childtune":
+        checks.append(_differs_from_reference)
+    if variant.mask != "none":
+        checks.append(_keeps_wrongly)
+    if variant.mask == "none" or variant.family == "unfused":
+        checks.append(_strays_from_adamw)
+    for check in checks:
+        fault = check(variant, shapes, device)
+        if fault is not None:
+            return f"{variant.name} on {case.name}: {fault}; its speed is not reported"
+    return None
+
+
+def _step_often(optimizer: Optimizer, workload: Workload) -> None:
+    for _ in range(_STEPS):
+        workload.set_gradients()
+        optimizer.step()
+
+
+def _differs_from_reference(variant: Variant, shapes: Shapes, device: torch.device) -> str | None:
+    results = []
+    for backend in (None, "reference"):
+        workload = Workload(shapes, device)
+        optimizer = variant.build(workload.named, backend)
+        _step_often(optimizer, workload)
+        results.append([(p, optimizer.state[p]) for _, p in workload.named])
+    for name, (weight, state), (expected, expected_state) in zip(shapes, *results, strict=True):
+        if not torch.equal(weight, expected):
+            return f"weight {name} is not bitwise equal to the reference's"
+        for key, tensor in expected_state.items():
+            if not torch.equal(state[key], tensor):
+                return f"state {key} of {name} is not bitwise equal to the reference's"
+    return None
+
+
+def _keeps_wrongly(variant: Variant, shapes: Shapes, device: torch.device) -> str | None:
+    """In one step without decay just the kept weights move, by lr each; a Bernoulli mask scales."""
+    workload = Workload(shapes, device)
+    before = [parameter.detach().clone() for _, parameter in workload.named]
+    optimizer = variant.build(workload.named)
+    for group in optimizer.param_groups:
+        group["weight_decay"] = 0.0
+    optimizer.step()
+    moved = total = 0
+    scale = (1 - OPTIONS["betas"][0]) / (variant.kept if variant.mask == "bernoulli" else 1.0)
+    for (name, parameter), start in zip(workload.named, before, strict=True):
+        kept = parameter != start
+        moved += int(kept.sum())
+        total += parameter.numel()
+        exp_avg = optimizer.state[parameter].get("exp_avg")
+        if exp_avg is not None:
+            assert parameter.grad is not None
+            if not torch.allclose(exp_avg, parameter.grad * kept * scale, rtol=1e-5, atol=0):
+                return f"exp_avg of {name} is not the masked gradient after one step"
+    # Six deviations; lr is far above the weights' rounding, so that every kept weight is seen to move.
+    margin = 6 * math.sqrt(variant.kept * (1 - variant.kept) / total)
+    if abs(moved / total - variant.kept) > margin:
+        return f"{moved / total:.4f} of the weights moved instead of {variant.kept} ± {margin:.4f}"
+    return None
+
+
+def _strays_from_adamw(variant: Variant, shapes: Shapes, device: torch.device) -> str | None:
+    """Without a mask (p = 1 where there is one) a variant follows torch's AdamW in fp64."""
+    workload = Workload(shapes, device)
+    optimizer = variant.build(workload.named)
+    for group in optimizer.param_groups:
+        if "reserve_p" in group:
+            group["reserve_p"] = 1.0
+    wide = [
+        (name, torch.nn.Parameter(parameter.detach().double()))
+        for name, parameter in workload.named
+    ]
+    expected = AdamW(wide, foreach=False, fused=False, **OPTIONS)
+    for _ in range(_STEPS):
+        workload.set_gradients()
+        for (_, parameter), (_, double) in zip(workload.named, wide, strict=True):
+            assert parameter.grad is not None
+            double.grad = parameter.grad.double()
+        optimizer.step()
+        expected.step()
+    for (name, parameter), (_, double) in zip(workload.named, wide, strict=True):
+        exact = double.detach()
+        distance = (parameter.detach().double() - exact).abs() / exact.abs().clamp(min=1)
+        if not float(distance.max()) <= _TOLERANCE:
+            return f"weight {name} is {float(distance.max()):.1e} from AdamW in fp64"
+    return None

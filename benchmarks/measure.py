@@ -1,0 +1,141 @@
+"""Measuring a case: first that its variants are right, then their time, then their memory."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .cases import BYTES_PER_PARAMETER, DTYPE, LARGE_TENSOR, Case, Workload
+from .correctness import fault_of
+from .peak_memory import Peaks, peaks_of
+from .rounds import Contender, Seconds, interleave, quartiles, ratio
+from .variants import GROUPED_SUFFIX, TORCH_FUSED, UNFUSED, Variant, variants_of
+
+Say = Callable[[str], None]
+
+_COPY = "copy"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was found for one variant: either it is wrong, or its times and all that follows from them."""
+
+    fault: str | None
+    seconds: tuple[float, ...] = ()
+    record: dict[str, Any] | None = None
+
+
+def check(case: Case, device: torch.device, say: Say) -> dict[str, Measured]:
+    """Variant → its fault, or nothing: no time is taken."""
+    say(f"{case.name}: checking {len(variants_of(case))} variants")
+    return {
+        variant.name: Measured(fault_of(variant, case, device)) for variant in variants_of(case)
+    }
+
+
+def measure(case: Case, device: torch.device, rounds: int | None, say: Say) -> dict[str, Measured]:
+    """Variant → its record; those with a fault are not timed.
+
+    Args:
+        case: the tensors.
+        device: where they lie.
+        rounds: how many; None takes the case's own number.
+        say: shows a line to whoever is waiting.
+    """
+    start = time.monotonic()
+    found = check(case, device, say)
+    right = [variant for variant in variants_of(case) if found[variant.name].fault is None]
+    if right:
+        seconds = time_steps(case, right, device, rounds or case.rounds, say)
+        say(f"{case.name}: memory of a step, in a process of its own")
+        peaks = peaks_of(case, device)
+        for variant in right:
+            times = tuple(seconds[variant.name].values())
+            record = record_of(case, variant, seconds, peaks[variant.name], device)
+            found[variant.name] = Measured(None, times, record)
+    say(f"{case.name}: done in {time.monotonic() - start:.0f} s")
+    return found
+
+
+def time_steps(
+    case: Case, variants: list[Variant], device: torch.device, rounds: int, say: Say
+) -> dict[str, Seconds]:
+    """Seconds of every variant and of a copy, interleaved."""
+    say(f"{case.name}: preparing {case.parameters:,} parameters")
+    workload = Workload(case.shapes(), device)
+    contenders = {_COPY: Contender(copy_of(case, device))}
+    for variant in variants:
+        optimizer = variant.build(workload.named)
+        workload.share_moments(optimizer)
+        contenders[variant.name] = Contender(optimizer.step, variant.slow)
+    say(f"{case.name}: timing {rounds} rounds")
+    begun = last = time.monotonic()
+
+    def show_progress(done: int) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if now - last > 10:
+            last = now
+            say(f"{case.name}: round {done} of {rounds} after {now - begun:.0f} s")
+
+    return interleave(contenders, rounds, device, show_progress)
+
+
+def copy_of(case: Case, device: torch.device) -> Callable[[], object]:
+    """A copy of as many elements as the case has, up to the large tensor's."""
+    source = torch.ones(_copied_elements(case), device=device, dtype=DTYPE)
+    target = torch.empty_like(source)
+    return lambda: target.copy_(source)
+
+
+def _copied_elements(case: Case) -> int:
+    return min(case.parameters, LARGE_TENSOR.parameters)
+
+
+def record_of(
+    case: Case,
+    variant: Variant,
+    seconds: dict[str, Seconds],
+    peaks: Peaks,
+    device: torch.device,
+) -> dict[str, Any]:
+    """All that is known of a variant, as it stands in the results."""
+    own, copy = seconds[variant.name], seconds[_COPY]
+    first, median, third = quartiles(list(own.values()))
+    _, copy_median, _ = quartiles(list(copy.values()))
+    step_bytes = BYTES_PER_PARAMETER * case.parameters
+    copy_bytes = 2 * DTYPE.itemsize * _copied_elements(case)
+    _, time_over_copy, _ = ratio(own, copy)
+    record: dict[str, Any] = {
+        "case": case.name,
+        "variant": variant.name,
+        "device": device.type,
+        "dtype": str(DTYPE).removeprefix("torch."),
+        "parameters": case.parameters,
+        "tensors": case.tensors,
+        "rounds": len(own),
+        "seconds": median,
+        "seconds_quartiles": [first, third],
+        "ns_per_parameter": median / case.parameters * 1e9,
+        "us_per_tensor": median / case.tensors * 1e6,
+        "effective_bytes_per_second": step_bytes / median,
+        "copy_bytes_per_second": copy_bytes / copy_median,
+        "share_of_copy": step_bytes / copy_bytes / time_over_copy,
+    }
+    for key, base, inverted in (
+        ("ratio_to_fused", TORCH_FUSED.name, False),
+        ("speedup_over_unfused", UNFUSED.name, True),
+        ("ratio_to_one_group", variant.name.removesuffix(GROUPED_SUFFIX), False),
+    ):
+        if base not in seconds or (key == "ratio_to_one_group" and not variant.grouped):
+            continue
+        pair = (seconds[base], own) if inverted else (own, seconds[base])
+        low, middle, high = ratio(*pair)
+        record[key] = middle
+        record[f"{key}_quartiles"] = [low, high]
+    record.update({f"peak_{kind}_bytes": size for kind, size in peaks.items()})
+    return record

@@ -1,0 +1,84 @@
+"""Interleaved timing: a round is one step of everybody, in a new order each time."""
+
+from __future__ import annotations
+
+import gc
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from .environment import synchronize
+
+#: Round → seconds of the step in that round.
+Seconds = dict[int, float]
+
+_WARM_UP_STEPS = 2
+_SLOW_EVERY = 6
+MINIMAL_ROUNDS = 25
+
+
+@dataclass(frozen=True)
+class Contender:
+    """Something to time; ``slow`` ones take part in the first round and each sixth after it."""
+
+    step: Callable[[], object]
+    slow: bool = False
+
+
+def interleave(
+    contenders: Mapping[str, Contender],
+    rounds: int,
+    device: torch.device,
+    after_round: Callable[[int], None] = lambda done: None,
+) -> dict[str, Seconds]:
+    """Time every contender once a round.
+
+    What slows the machine for a while then hits all of them alike, and ratios within a round stay what
+    they are; the order is shuffled so that nobody always follows the same neighbour.
+    """
+    for contender in contenders.values():
+        for _ in range(1 if contender.slow else _WARM_UP_STEPS):
+            contender.step()
+    synchronize(device)
+    seconds: dict[str, Seconds] = {name: {} for name in contenders}
+    order = list(contenders)
+    shuffle = random.Random(0).shuffle
+    collects = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(rounds):
+            shuffle(order)
+            for name in order:
+                if index % _SLOW_EVERY == 0 or not contenders[name].slow:
+                    seconds[name][index] = _timed(contenders[name].step, device)
+            after_round(index + 1)
+    finally:
+        if collects:
+            gc.enable()
+    return seconds
+
+
+def _timed(step: Callable[[], object], device: torch.device) -> float:
+    synchronize(device)
+    start = time.perf_counter_ns()
+    step()
+    synchronize(device)
+    return (time.perf_counter_ns() - start) * 1e-9
+
+
+def quartiles(values: list[float]) -> tuple[float, float, float]:
+    """First quartile, median and third quartile."""
+    if len(values) == 1:
+        return values[0], values[0], values[0]
+    first, median, third = statistics.quantiles(values, n=4, method="inclusive")
+    return first, median, third
+
+
+def ratio(seconds: Seconds, base: Seconds) -> tuple[float, float, float]:
+    """Quartiles of the ratio within a round, over the rounds that have both."""
+    return quartiles([seconds[index] / base[index] for index in seconds.keys() & base.keys()])

@@ -1,0 +1,113 @@
+"""What the package means to reach on a CPU; shown as met or missed, never a failing test."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from .cases import BERT_BASE, BERT_LARGE, LARGE_TENSOR, SMALL_TENSORS
+from .rounds import MINIMAL_ROUNDS
+from .variants import CT_D, CT_D_SPARSE, CT_F, PLAIN, Variant
+
+_MIB = 2**20
+
+
+@dataclass(frozen=True)
+class Target:
+    """A bound on one figure of one variant on one case."""
+
+    case: str
+    variant: str
+    measure: str
+    bound: float
+    at_least: bool = False
+
+    def verdict(self, record: dict[str, Any] | None) -> dict[str, Any]:
+        """The target, the figure, and whether it is met."""
+        value = None if record is None else record.get(self.measure)
+        if record is None or value is None:
+            verdict = "not measured"
+        elif record["rounds"] < MINIMAL_ROUNDS and not self.measure.startswith("peak"):
+            verdict = f"fewer than {MINIMAL_ROUNDS} rounds"
+        else:
+            met = value >= self.bound if self.at_least else value <= self.bound
+            verdict = "met" if met else "missed"
+        return {
+            "case": self.case,
+            "variant": self.variant,
+            "measure": self.measure,
+            "bound": self.bound,
+            "at_least": self.at_least,
+            "value": value,
+            "verdict": verdict,
+        }
+
+
+def _grouped(variant: Variant) -> str:
+    return variant.with_group_each().name
+
+
+_LARGE, _BASE = LARGE_TENSOR.name, BERT_BASE.name
+_SMALL = SMALL_TENSORS.name
+
+CPU_TARGETS = (
+    Target(_LARGE, CT_F.name, "ratio_to_fused", 1.10),
+    Target(_BASE, CT_F.name, "ratio_to_fused", 1.10),
+    Target(_LARGE, CT_F.name, "speedup_over_unfused", 25, at_least=True),
+    Target(_BASE, CT_F.name, "speedup_over_unfused", 25, at_least=True),
+    Target(_SMALL, PLAIN.name, "ratio_to_fused", 0.40),
+    Target(_SMALL, CT_F.name, "ratio_to_fused", 0.40),
+    Target(_SMALL, _grouped(PLAIN), "ratio_to_one_group", 1.5),
+    Target(_SMALL, _grouped(CT_F), "ratio_to_one_group", 1.5),
+    *(
+        Target(case.name, variant.name, "peak_total_bytes", _MIB)
+        for case in (LARGE_TENSOR, BERT_BASE, BERT_LARGE, SMALL_TENSORS)
+        for variant in (PLAIN, CT_F, CT_D_SPARSE, CT_D)
+    ),
+)
+TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS}
+
+
+def verdicts(records: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The targets of the records' devices, for the cases that were measured."""
+    known = {(r["device"], r["case"], r["variant"]): r for r in records}
+    cases = {(device, case) for device, case, _ in known}
+    return [
+        target.verdict(known.get((device, target.case, target.variant)))
+        for device, targets in TARGETS.items()
+        for target in targets
+        if (device, target.case) in cases
+    ]
+
+
+def lines(found: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """One line of text a verdict."""
+    for item in found:
+        bound = f"{'≥' if item['at_least'] else '≤'} {figure(item['measure'], item['bound'])}"
+        value = "-" if item["value"] is None else figure(item["measure"], item["value"])
+        name = title(item["measure"])
+        yield (
+            f"{item['case']:<15}{item['variant']:<19}{name:<22}{value:>10}   {bound:<12}"
+            f"{item['verdict']}"
+        )
+
+
+_TITLES = {
+    "ratio_to_fused": "time / torch fused",
+    "speedup_over_unfused": "unfused / time",
+    "ratio_to_one_group": "time / one group",
+    "peak_total_bytes": "extra memory",
+}
+
+
+def title(measure: str) -> str:
+    """A figure's name as a person reads it."""
+    return _TITLES[measure]
+
+
+def figure(measure: str, value: float) -> str:
+    """A figure as a person reads it."""
+    if measure.endswith("bytes"):
+        return f"{value / _MIB:.2f} MiB"
+    return f"{value:.3g} ×" if value >= 10 else f"{value:.2f} ×"

@@ -1,0 +1,121 @@
+"""Who is measured: the optimizers that step the tensors of a case."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.optim import AdamW, Optimizer
+
+from childtune_kernels import ChildMask, FusedChildAdamW
+
+from .cases import Case
+from .unfused import UnfusedChildTuning, direct_mask, distribution_mask
+
+NamedParameters = Sequence[tuple[str, Tensor]]
+
+OPTIONS: dict[str, Any] = {
+    "lr": 1e-3,
+    "betas": (0.9, 0.999),
+    "eps": 1e-8,
+    "weight_decay": 1e-2,
+}
+GROUPED_SUFFIX = "_groups"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer with its options.
+
+    ``kept`` is the share of gradient elements that reach the update, drawn anew at every step
+    (``mask`` "bernoulli") or once for all ("fixed"). ``slow``: takes part in few rounds. ``grouped``:
+    every tensor is a parameter group of its own.
+    """
+
+    name: str
+    title: str
+    family: Literal["torch", "unfused", "childtune"]
+    options: tuple[tuple[str, Any], ...] = ()
+    mask: Literal["none", "bernoulli", "fixed"] = "none"
+    kept: float = 1.0
+    slow: bool = False
+    grouped: bool = False
+
+    def build(self, named: NamedParameters, backend: str | None = None) -> Optimizer:
+        """The optimizer over parameters; ``backend`` is childtune_kernels' own option."""
+        parameters: list[Any] = list(named)
+        if self.grouped:
+            parameters = [{"params": [entry]} for entry in named]
+        options = {**OPTIONS, **dict(self.options)}
+        if self.family == "torch":
+            return AdamW(parameters, **options)
+        if self.family == "unfused":
+            return UnfusedChildTuning(parameters, reserve_p=self.kept, **options)
+        if self.mask == "fixed":
+            options["child_mask"] = random_child_mask(named, self.kept)
+        elif self.mask == "bernoulli":
+            options["reserve_p"] = self.kept
+        return FusedChildAdamW(parameters, seed=0, backend=backend, **options)
+
+    def with_group_each(self) -> Variant:
+        """The same with every tensor in a group of its own."""
+        return replace(
+            self,
+            name=self.name + GROUPED_SUFFIX,
+            title=f"{self.title}, a group a tensor",
+            grouped=True,
+        )
+
+
+def random_child_mask(named: NamedParameters, density: float) -> ChildMask:
+    """A child network of weights chosen at random, scattered as a selection by Fisher scatters them."""
+    device = named[0][1].device
+    generator = torch.Generator(device).manual_seed(1)
+    masks = {
+        name: torch.rand(parameter.shape, generator=generator, device=device) < density
+        for name, parameter in named
+    }
+    return ChildMask.from_dense(masks)
+
+
+TORCH_FUSED = Variant("torch_fused", "torch AdamW, fused", "torch", (("fused", True),))
+TORCH_FOREACH = Variant("torch_foreach", "torch AdamW, foreach", "torch", (("foreach", True),))
+UNFUSED = Variant(
+    name="unfused",
+    title="unfused Child-Tuning, p = 0.3",
+    family="unfused",
+    options=(("sample_mask", distribution_mask),),
+    mask="bernoulli",
+    kept=0.3,
+    slow=True,
+)
+UNFUSED_DIRECT = replace(
+    UNFUSED,
+    name="unfused_direct",
+    title="unfused, mask by bernoulli_",
+    options=(("sample_mask", direct_mask),),
+)
+PLAIN = Variant("plain", "FusedChildAdamW, plain", "childtune")
+CT_F = Variant("ct_f_0.3", "CT_F, p = 0.3", "childtune", mask="bernoulli", kept=0.3)
+CT_D_SPARSE = Variant("ct_d_0.1", "CT_D, 10 % child", "childtune", mask="fixed", kept=0.1)
+CT_D = Variant("ct_d_0.3", "CT_D, 30 % child", "childtune", mask="fixed", kept=0.3)
+
+VARIANTS = (
+    TORCH_FUSED,
+    TORCH_FOREACH,
+    UNFUSED,
+    UNFUSED_DIRECT,
+    PLAIN,
+    CT_F,
+    CT_D_SPARSE,
+    CT_D,
+)
+GROUPED_VARIANTS = tuple(variant.with_group_each() for variant in (TORCH_FUSED, PLAIN, CT_F))
+
+
+def variants_of(case: Case) -> tuple[Variant, ...]:
+    """The variants that are measured on a case."""
+    return VARIANTS + GROUPED_VARIANTS if case.grouped else VARIANTS

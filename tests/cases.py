@@ -1,0 +1,378 @@
+"""The database of optimizer inputs: a table of records, and the runner that steps through them.
+
+A backend joins every test by its name in ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from childtune_kernels import ChildMask, FusedChildAdamW, ops, registry
+from childtune_kernels.backends import cpp
+from childtune_kernels.labels import philox_key
+from childtune_kernels.plan_row import contiguous_map
+
+BACKENDS = ("cpp",)
+SEED = 1234
+STEPS = 4
+GUARD = 77.0  # stands in the gaps of strided tensors, where nobody may write
+DENSE_NAME = "odd_offset"  # trains densely in every fixed mask
+
+
+class Column(NamedTuple):
+    """One backend, on CPUs with one instruction set."""
+
+    backend: str
+    capability: str | None = None
+
+    def __str__(self) -> str:
+        return "-".join(filter(None, self))
+
+    def absent(self) -> str | None:
+        """None, or why this machine cannot run the column."""
+        if self.capability is not None and self.capability not in cpp.supported_capabilities():
+            return cpp.load() or f"this processor or build lacks {self.capability}"
+        for cell in registry.survey("cpu"):
+            if cell.backend == self.backend and not cell.available:
+                return f"{cell.op} on {cell.backend}: {cell.reason}"
+        return None
+
+
+REFERENCE = Column("reference")
+COLUMNS = [
+    Column(backend, capability)
+    for backend in BACKENDS
+    for capability in (cpp.CAPABILITIES if backend == "cpp" else (None,))
+]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting of the optimizer: a record of the table."""
+
+    name: str
+    dtype: torch.dtype = torch.float32
+    grad_dtype: torch.dtype | None = None
+    reserve_p: float = 1.0
+    fixed_mask: bool = False
+    freeze_non_child: bool = True
+    convention: str = "torch"
+    correct_bias: bool = True
+    maximize: bool = False
+    master_weight: str = "auto"
+    lr: float = 1e-2
+    betas: tuple[float, float] = (0.9, 0.98)
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    first_step: int = 1
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def masked(self) -> bool:
+        return self.fixed_mask or self.reserve_p < 1
+
+    def options(self) -> dict[str, Any]:
+        """The keyword arguments of FusedChildAdamW."""
+        foreign = ("name", "dtype", "grad_dtype", "fixed_mask", "first_step")
+        return {key: value for key, value in vars(self).items() if key not in foreign}
+
+
+_TYPES: dict[str, dict[str, Any]] = {
+    "fp32": {"dtype": torch.float32},
+    "fp64": {"dtype": torch.float64},
+    "bf16": {"dtype": torch.bfloat16},
+    "fp16": {"dtype": torch.float16},
+    "bf16_fp32_gradient": {"dtype": torch.bfloat16, "grad_dtype": torch.float32},
+    "fp16_fp32_gradient": {"dtype": torch.float16, "grad_dtype": torch.float32},
+    "bf16_no_master": {"dtype": torch.bfloat16, "master_weight": "none"},
+    "fp16_no_master": {"dtype": torch.float16, "master_weight": "none"},
+    "bf16_fp32_gradient_no_master": {
+        "dtype": torch.bfloat16,
+        "grad_dtype": torch.float32,
+        "master_weight": "none",
+    },
+    "fp16_fp32_gradient_no_master": {
+        "dtype": torch.float16,
+        "grad_dtype": torch.float32,
+        "master_weight": "none",
+    },
+}
+_MASKS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bernoulli": {"reserve_p": 0.3},
+    "fixed": {"fixed_mask": True},
+    "fixed_decaying": {"fixed_mask": True, "freeze_non_child": False},
+    "both": {"reserve_p": 0.3, "fixed_mask": True},
+    "both_decaying": {"reserve_p": 0.3, "fixed_mask": True, "freeze_non_child": False},
+}
+PRODUCT = [
+    Case(f"{kind}-{mask}-{convention}", **_TYPES[kind], **_MASKS[mask], convention=convention)
+    for kind, mask, convention in itertools.product(_TYPES, _MASKS, ("torch", "original"))
+]
+# What the product leaves at its defaults, and the ends of ranges.
+SINGLES = [
+    Case("no_bias_correction", correct_bias=False, reserve_p=0.3),
+    Case("original_no_bias_correction", correct_bias=False, convention="original", reserve_p=0.3),
+    Case("maximize", maximize=True, reserve_p=0.3),
+    Case("maximize_bf16", maximize=True, dtype=torch.bfloat16, fixed_mask=True),
+    Case("no_decay", weight_decay=0.0, fixed_mask=True, freeze_non_child=False),
+    Case(
+        "no_decay_bf16", torch.bfloat16, weight_decay=0.0, fixed_mask=True, freeze_non_child=False
+    ),
+    Case("decay_below_fp32", weight_decay=1e-44, fixed_mask=True, freeze_non_child=False),
+    Case("no_lr", lr=0.0, reserve_p=0.5),
+    Case("no_betas", betas=(0.0, 0.0), reserve_p=0.5),
+    Case("slow_betas", betas=(0.9999, 0.99999), reserve_p=0.5),
+    Case("eps_0", eps=0.0),
+    Case("eps_subnormal", eps=1e-40, reserve_p=0.5),
+    Case("eps_large", eps=1e8, lr=1e6, reserve_p=0.5, weight_decay=1e-9),
+    Case("lr_large_fp16", torch.float16, lr=1e3, reserve_p=0.5, weight_decay=1e-4),
+    Case("keeps_almost_none", reserve_p=2.0**-32),
+    Case("keeps_almost_all", reserve_p=1 - 2.0**-32, fixed_mask=True),
+    Case("keeps_all_but_rescales", reserve_p=1 - 2.0**-40),
+    Case("fp64_half", torch.float64, reserve_p=0.5, maximize=True, correct_bias=False),
+    Case("step_wraps", reserve_p=0.3, first_step=2**32 - 2),
+    Case("step_wraps_original", reserve_p=0.3, convention="original", first_step=2**32 - 2),
+    Case("step_large_fp64", torch.float64, reserve_p=0.3, first_step=2**40 + 3),
+]
+CASES = [*PRODUCT, *SINGLES]
+
+
+def _plain(values: Tensor) -> Tensor:
+    return values.clone()
+
+
+def _transposed(values: Tensor) -> Tensor:
+    return values.t().contiguous().t()
+
+
+def _channels_last(values: Tensor) -> Tensor:
+    return values.contiguous(memory_format=torch.channels_last)
+
+
+def _column_slice(values: Tensor) -> Tensor:
+    rows, columns = values.shape
+    whole = values.new_full((rows, columns + 9), GUARD)
+    whole[:, 4 : 4 + columns] = values
+    return whole[:, 4 : 4 + columns]
+
+
+def _odd_offset(values: Tensor) -> Tensor:
+    whole = values.new_full((values.numel() + 6,), GUARD)
+    return whole[3:-3].view(values.shape).copy_(values)
+
+
+def _every_second(values: Tensor) -> Tensor:
+    return values.new_full((2 * values.numel(),), GUARD)[1::2].copy_(values)
+
+
+def _four_levels(values: Tensor) -> Tensor:
+    sizes = [2 * size for size in values.permute(2, 0, 3, 1).shape]
+    whole = values.new_full(sizes, GUARD)[::2, ::2, ::2, ::2]
+    return whole.permute(1, 3, 0, 2).copy_(values)
+
+
+class Shape(NamedTuple):
+    """Sizes of a parameter and its place in memory."""
+
+    sizes: tuple[int, ...]
+    lay_out: Callable[[Tensor], Tensor] = _plain
+
+
+SHAPES = {
+    "matrix": Shape((67, 129)),  # three units of 4096 elements
+    "empty": Shape((0, 3)),
+    "scalar": Shape(()),
+    "one": Shape((1,)),
+    "block": Shape((64,)),
+    "unit": Shape((4096,)),
+    "transposed": Shape((33, 70), _transposed),
+    "channels_last": Shape((3, 5, 4, 6), _channels_last),
+    "column_slice": Shape((41, 13), _column_slice),
+    DENSE_NAME: Shape((5, 27), _odd_offset),
+    "every_second": Shape((131,), _every_second),
+    "four_levels": Shape((2, 3, 4, 5), _four_levels),
+    "trailing_empty": Shape((0,)),
+}
+# (parameter, step): no gradient there, so that parameters differ in their step counts.
+WITHOUT_GRADIENT = {("transposed", 1), ("scalar", 2), ("column_slice", 0)}
+# The child of these is everything, nothing and whole words; of the others two elements in five.
+_CHILDREN: dict[str, Callable[[Tensor], Tensor]] = {
+    "block": torch.ones_like,
+    "one": torch.zeros_like,
+    "unit": lambda random: (torch.arange(4096) // 96) % 2 == 0,
+}
+
+
+def generator_of(*what: object) -> torch.Generator:
+    """Random numbers that depend on what they are for, and not on the order of asking."""
+    return torch.Generator().manual_seed(zlib.crc32(repr(what).encode()))
+
+
+def random_values(sizes: Iterable[int], dtype: torch.dtype, *what: object) -> Tensor:
+    """Normal numbers over twelve binades, with zeros of both signs and subnormals among them."""
+    generator = generator_of(*what)
+    values = torch.randn(tuple(sizes), generator=generator, dtype=torch.float64)
+    values *= torch.randint(-9, 3, values.shape, generator=generator).double().exp2()
+    values = values.to(dtype)
+    flat = values.view(-1)
+    for start, special in enumerate((0.0, -0.0, torch.finfo(dtype).tiny / 8)):
+        flat[5 + 7 * start :: 97] = special
+    return values
+
+
+def children(shapes: Mapping[str, Shape] = SHAPES) -> ChildMask:
+    """A fixed mask of the parameters."""
+    masks = {}
+    for name, shape in shapes.items():
+        if name != DENSE_NAME:
+            random = torch.rand(shape.sizes, generator=generator_of("child", name)) < 0.4
+            masks[name] = _CHILDREN.get(name, torch.clone)(random)
+    return ChildMask.from_dense(masks, dense=[DENSE_NAME])
+
+
+def kept_places(case: Case, name: str, sizes: tuple[int, ...], step: int) -> Tensor:
+    """Where the gradient of a parameter's ``step`` counts, as bool."""
+    kept = torch.ones(sizes, dtype=torch.bool)
+    if case.reserve_p < 1:
+        words = ops.keep_words(
+            kept.numel(),
+            contiguous_map(kept.numel()),
+            philox_key(SEED, name),
+            step,
+            round(case.reserve_p * 2**32),
+            backend="reference",
+        )
+        kept = ops.unpack_mask(words, sizes, backend="reference")
+    if case.fixed_mask and name != DENSE_NAME:
+        kept = kept & children().dense(name)
+    return kept
+
+
+@functools.cache
+def gradients_of(case: Case, poisoned: bool = True) -> list[dict[str, Tensor | None]]:
+    """Gradients by step and name; dropped places hold NaN and infinities, or else 0."""
+    counts = dict.fromkeys(SHAPES, case.first_step - 1)
+    dtype = case.grad_dtype or case.dtype
+    poison = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
+    steps: list[dict[str, Tensor | None]] = []
+    for step in range(STEPS):
+        gradients: dict[str, Tensor | None] = {}
+        for name, shape in SHAPES.items():
+            if (name, step) in WITHOUT_GRADIENT:
+                gradients[name] = None
+                continue
+            counts[name] += 1
+            values = random_values(shape.sizes, dtype, "gradient", name, step)
+            if case.masked:
+                dropped = ~kept_places(case, name, shape.sizes, counts[name])
+                filling = poison if poisoned else torch.zeros_like(poison)
+                count = int(dropped.sum())
+                values[dropped] = filling.repeat(count // 3 + 1)[:count]
+            # Every second gradient has strides of its own where that can be.
+            same = step % 2 == 0 or name in ("column_slice", "every_second", "four_levels")
+            gradients[name] = shape.lay_out(values) if same else values
+        steps.append(gradients)
+    return steps
+
+
+def make_parameters(case: Case) -> dict[str, Tensor]:
+    """The parameters of a case at their first values."""
+    parameters: dict[str, Tensor] = {}
+    for name, shape in SHAPES.items():
+        values = random_values(shape.sizes, case.dtype, "weight", name)
+        parameter = torch.nn.Parameter(shape.lay_out(values))
+        if case.grad_dtype is not None:
+            parameter.grad_dtype = case.grad_dtype
+        parameters[name] = parameter
+    return parameters
+
+
+Arrangement = Callable[[dict[str, Tensor]], Any]
+
+
+def one_group(parameters: dict[str, Tensor]) -> Any:
+    """The usual arrangement: one group, in the order of the table."""
+    return list(parameters.items())
+
+
+def run(
+    case: Case, backend: str | None, arrange: Arrangement = one_group, *, poisoned: bool = True
+) -> dict[str, Tensor]:
+    """Every step of a case: all weights, the memory around them, and all state, by name."""
+    parameters = make_parameters(case)
+    mask = children() if case.fixed_mask else None
+    optimizer = FusedChildAdamW(
+        arrange(parameters), **case.options(), child_mask=mask, seed=SEED, backend=backend
+    )
+    for name in parameters:
+        optimizer.state[parameters[name]]["step"].fill_(case.first_step - 1)
+    for gradients in gradients_of(case, poisoned):
+        for name, gradient in gradients.items():
+            parameters[name].grad = gradient
+        optimizer.step()
+    outcome = {}
+    for name, parameter in parameters.items():
+        outcome[f"{name} weight"] = parameter.detach()
+        outcome[f"{name} storage"] = storage_of(parameter)
+        for key, tensor in optimizer.state[parameter].items():
+            outcome[f"{name} {key}"] = tensor
+    return outcome
+
+
+@functools.cache
+def reference_outcome(case: Case) -> dict[str, Tensor]:
+    """What the reference makes of a case."""
+    return run(case, "reference")
+
+
+def storage_of(tensor: Tensor) -> Tensor:
+    """All elements of a tensor's memory, its gaps too."""
+    whole = torch.empty(0, dtype=tensor.dtype)
+    return whole.set_(tensor.detach().untyped_storage())
+
+
+_INTEGERS = {
+    torch.float64: torch.int64,
+    torch.float32: torch.int32,
+    torch.bfloat16: torch.int16,
+    torch.float16: torch.int16,
+}
+
+
+def bit_pattern(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers; NaN payloads are excluded, but bf16 has one NaN (SPEC.md)."""
+    if tensor.dtype not in _INTEGERS:
+        return tensor
+    tensor = tensor.detach().contiguous()
+    if tensor.dtype != torch.bfloat16:
+        tensor = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
+    return tensor.view(_INTEGERS[tensor.dtype])
+
+
+def raw_bits(tensor: Tensor) -> Tensor:
+    """A tensor's bits as integers, NaN payloads included."""
+    return tensor.detach().contiguous().view(_INTEGERS[tensor.dtype])
+
+
+def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+    """Every tensor of the one equals its namesake in the other, bit for bit."""
+    assert found.keys() == expected.keys()
+    differing = {}
+    for name, tensor in expected.items():
+        assert found[name].shape == tensor.shape, name
+        assert found[name].dtype == tensor.dtype, name
+        count = int((bit_pattern(found[name]) != bit_pattern(tensor)).sum())
+        if count:
+            differing[name] = f"{count} of {tensor.numel()}"
+    assert not differing, differing

@@ -1,0 +1,130 @@
+"""``python -m childtune_kernels info``, run in this process."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from childtune_kernels import __main__ as command_line
+from childtune_kernels import __version__, registry
+from childtune_kernels.backends import cpp
+from childtune_kernels.self_check import Finding, self_check
+
+needs_extension = pytest.mark.skipif(cpp.load() is not None, reason=str(cpp.load()))
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(command_line, "_devices", lambda: ["cpu"])
+
+
+@pytest.fixture(scope="module")
+def findings() -> list[Finding]:
+    """What the self-check finds here; it takes a second."""
+    return list(self_check("cpu"))
+
+
+def pretend(monkeypatch: pytest.MonkeyPatch, *findings: Finding) -> None:
+    def pretended(_: object) -> Iterator[Finding]:
+        yield from findings
+
+    monkeypatch.setattr(command_line, "self_check", pretended)
+
+
+@needs_extension
+def test_info(
+    one_device: None,
+    findings: list[Finding],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(monkeypatch, *findings)
+    assert command_line.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert __version__ in printed
+    assert torch.__version__ in printed
+    assert registry.explain("cpu") in printed
+    assert printed.count(" equal\n") == 16
+    assert "DIFFERS" not in printed
+
+
+@needs_extension
+def test_info_as_json(
+    one_device: None,
+    findings: list[Finding],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(monkeypatch, *findings)
+    assert command_line.main(["info", "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert report["sound"] is True
+    assert report["versions"]["childtune_kernels"] == __version__
+    assert report["cpu"]["extension offers"] == cpp.supported_capabilities()
+    assert len(report["table"]["cpu"]) == len(registry.TABLE) * len(registry.BACKENDS)
+    assert all(cell["reason"] for cell in report["table"]["cpu"])
+    assert len(report["self_check"]) == 16
+    assert {finding["backend"] for finding in report["self_check"]} == {"cpp"}
+
+
+@pytest.mark.parametrize("arguments", [["info"], ["info", "--json"]])
+def test_a_failed_self_check_is_an_exit_code_of_one(
+    arguments: list[str],
+    one_device: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pretend(monkeypatch, Finding("cpp", "float32 plain", True), Finding("cpp", "CT_F", False))
+    assert command_line.main(arguments) == 1
+    printed = capsys.readouterr().out
+    assert ("DIFFERS" in printed) == (arguments == ["info"])
+    assert ('"sound": false' in printed) == (arguments != ["info"])
+
+
+def test_nothing_to_compare_is_said(
+    one_device: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(cpp, "load", lambda: "no C++ compiler was found")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of the slow reference: here on purpose
+        assert command_line.main(["info"]) == 0
+    printed = capsys.readouterr().out
+    assert "nothing to compare: only the reference is available" in printed
+    assert "no C++ compiler was found" in printed
+
+
+@pytest.mark.parametrize("arguments", [[], ["inform"], ["info", "--yaml"]])
+def test_bad_usage_is_an_exit_code_of_two(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_of:
+        command_line.main(arguments)
+    assert exit_of.value.code == 2
+    assert "usage: python -m childtune_kernels" in capsys.readouterr().err
+
+
+@needs_extension
+def test_the_self_check_finds_a_kernel_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpp, "child_adamw_", lambda rows, row_table, group_table: None)
+    findings = list(self_check())
+    assert len(findings) == 16
+    assert not any(finding.equal for finding in findings)
+
+
+@needs_extension
+def test_the_self_check_sees_the_sign_of_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It promises equal bits, and −0 is not +0 in its bits."""
+    correct = cpp.child_adamw_
+
+    def other_zeros(rows: list[registry.Choice], *tables: torch.Tensor) -> None:
+        correct(rows, *tables)
+        for row in rows:
+            moment = row.exp_avg  # type: ignore[attr-defined]
+            moment[moment == 0] = -0.0
+
+    monkeypatch.setattr(cpp, "child_adamw_", other_zeros)
+    assert not all(finding.equal for finding in self_check())
