@@ -1,8 +1,6 @@
 // What the launches share: torch's stable interface and the choice of kernels.
 #pragma once
 
-#include <vector>
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -25,6 +23,6 @@ void keep_words_(Tensor words, int64_t numel, Tensor element_map, bool contiguou
 void pack_mask_(Tensor mask, Tensor words, int64_t capability);
 void unpack_mask_(Tensor words, Tensor mask, int64_t capability);
 int64_t count_mask(Tensor words, int64_t capability);
-void observe_(std::vector<Tensor> tensors, Tensor observed);
+void observe_boxed(StableIValue* stack, uint64_t argument_count, uint64_t result_count);
 
 }  // namespace childtune

@@ -34,7 +34,7 @@ STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CompositeExplicitAutograd, m) {
-  m.impl("observe_", TORCH_BOX(&childtune::observe_));
+  m.impl("observe_", &childtune::observe_boxed);
   m.impl("has_capability", TORCH_BOX(&childtune::has_capability));
   m.impl("row_fields", TORCH_BOX(&childtune::row_fields));
   m.impl("group_fields", TORCH_BOX(&childtune::group_fields));
