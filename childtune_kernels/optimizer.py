@@ -122,7 +122,7 @@ class FusedChildAdamW(Optimizer):
                 ``child_mask`` is the group's own: one given to the constructor covers only its groups.
 
         Raises:
-            ValueError: as the constructor; the optimizer is left as it was.
+            ValueError, RuntimeError: as the constructor; the optimizer is left as it was.
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, not {type(param_group).__name__}")
@@ -140,6 +140,9 @@ class FusedChildAdamW(Optimizer):
         check_spelling(group, where)
         group_numbers(group, mask is not None, where)
         words = parameter_state.mask_words(mask, labels, parameters)
+        if self._backend is not None:
+            for device in {parameter.device for parameter in parameters}:
+                registry.choose("child_adamw", device, self._backend)
         group["params"], group["param_names"] = parameters, labels
         states = [
             parameter_state.initial_state(parameter, words.get(label), group["master_weight"])
