@@ -124,12 +124,9 @@ def test_without_the_extension_asking_for_it_is_an_error(without_extension: None
     )
     with pytest.raises(RuntimeError, match=message):
         registry.choose("child_adamw", "cpu", "cpp")
-    optimizer = FusedChildAdamW([parameter], backend="cpp")
-    parameter.grad = torch.ones(3)
     with pytest.raises(RuntimeError, match=message):
-        optimizer.step()
+        FusedChildAdamW([parameter], backend="cpp")
     assert bool((parameter == 1.0).all())
-    assert int(optimizer.state[parameter]["step"]) == 0
 
 
 def test_without_the_extension_asking_for_the_reference_warns_of_nothing(
