@@ -40,36 +40,37 @@ inline void philox_words(const PhiloxStream& stream, uint64_t counter, uint32_t 
   words[0] = x0, words[1] = x1, words[2] = x2, words[3] = x3;
 }
 
-// Eq. 1 for kLanes64 counters, one a 64-bit lane, whose upper words are all `counter_high`. Only the
-// low 32 bits of a lane count: the high ones hold remnants that the multiply ignores, which spares
-// the masks and blends of 32-bit lanes. In the first two rounds every lane meets the same x2, then
-// the same x0, so half of their products are scalars (a tenth of the work).
-CHILDTUNE_INLINE void philox_lanes(const PhiloxStream& stream, VecU64 counter, uint32_t counter_high,
-                                   VecU64 words[4]) {
-  const VecU64 m0 = VecU64{} + kPhiloxM0, m1 = VecU64{} + kPhiloxM1;
+// Eq. 1 for kLanes64 counters, one a 64-bit lane. Only the low 32 bits of a lane count: the high
+// ones hold remnants that the multiply ignores, which spares the masks and blends of 32-bit lanes.
+struct PhiloxLanes {
+  VecU64 x[4];
+};
+
+// Rounds 0 and 1 of counters that share their upper word. Every lane then meets the same x2, later
+// the same x0, so that half of the products are scalars (a tenth of all the work).
+CHILDTUNE_INLINE PhiloxLanes philox_begin(const PhiloxStream& stream, VecU64 counter, uint32_t counter_high) {
   const uint64_t same1 = uint64_t(kPhiloxM1) * stream.step;
   const uint64_t same0 = uint64_t(kPhiloxM0) * uint32_t((same1 >> 32) ^ counter_high ^ stream.key0[0]);
-  const VecU64 first0 = multiply_low32(m0, counter);
+  const VecU64 first0 = multiply_low32(VecU64{} + kPhiloxM0, counter);
   const VecU64 second2 = (first0 >> 32) ^ (VecU64{} + (stream.purpose ^ stream.key1[0]));
-  const VecU64 first1 = multiply_low32(m1, second2);
-  VecU64 x0 = (first1 >> 32) ^ (VecU64{} + (same1 ^ stream.key0[1]));
-  VecU64 x1 = first1;
-  VecU64 x2 = first0 ^ (VecU64{} + ((same0 >> 32) ^ stream.key1[1]));
-  VecU64 x3 = VecU64{} + same0;
-#pragma GCC unroll 10
-  for (int round = 2; round < kPhiloxRounds; ++round) {
-    const VecU64 product0 = multiply_low32(m0, x0);
-    const VecU64 product1 = multiply_low32(m1, x2);
-    x0 = (product1 >> 32) ^ x1 ^ (VecU64{} + stream.key0[round]);
-    x2 = (product0 >> 32) ^ x3 ^ (VecU64{} + stream.key1[round]);
-    x1 = product1;
-    x3 = product0;
-  }
-  words[0] = x0, words[1] = x1, words[2] = x2, words[3] = x3;
+  const VecU64 first1 = multiply_low32(VecU64{} + kPhiloxM1, second2);
+  return {{(first1 >> 32) ^ (VecU64{} + (same1 ^ stream.key0[1])), first1,
+           first0 ^ (VecU64{} + ((same0 >> 32) ^ stream.key1[1])), VecU64{} + same0}};
+}
+
+CHILDTUNE_INLINE void philox_round(const PhiloxStream& stream, int round, PhiloxLanes& lanes) {
+  VecU64* const x = lanes.x;
+  const VecU64 product0 = multiply_low32(VecU64{} + kPhiloxM0, x[0]);
+  const VecU64 product1 = multiply_low32(VecU64{} + kPhiloxM1, x[2]);
+  x[0] = (product1 >> 32) ^ x[1] ^ (VecU64{} + stream.key0[round]);
+  x[2] = (product0 >> 32) ^ x[3] ^ (VecU64{} + stream.key1[round]);
+  x[1] = product1;
+  x[3] = product0;
 }
 
 // word < threshold for 2*kLanes64 counters (even and odd ones apart), as bits in element order.
-CHILDTUNE_INLINE uint64_t compare_words(const VecU64 even[4], const VecU64 odd[4], uint32_t threshold) {
+CHILDTUNE_INLINE uint64_t compare_words(const PhiloxLanes& evens, const PhiloxLanes& odds, uint32_t threshold) {
+  const VecU64 *const even = evens.x, *const odd = odds.x;
 #if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 64
   const __m512i limit = _mm512_set1_epi32(int(threshold));
   constexpr uint64_t kEvery4th = 0x1111111111111111u;
@@ -104,17 +105,35 @@ CHILDTUNE_INLINE uint64_t compare_words(const VecU64 even[4], const VecU64 odd[4
 #endif
 }
 
+// The draw of 2*kLanes64 neighbouring counters, which may be carried out a few rounds at a time.
+constexpr int kDrawElements = 8 * kLanes64;
+
+struct PhiloxDraw {
+  PhiloxLanes even, odd;
+};
+
+// Rounds 0 and 1 for elements first .. first+kDrawElements-1, first a multiple of that.
+CHILDTUNE_INLINE PhiloxDraw draw_begin(const PhiloxStream& stream, uint64_t first) {
+  const VecU64 counter = iota_times<VecU64, uint64_t>(2) + first / 4;
+  const uint32_t high = uint32_t(first >> 34);
+  return {philox_begin(stream, counter, high), philox_begin(stream, counter + 1, high)};
+}
+
+CHILDTUNE_INLINE void draw_rounds(const PhiloxStream& stream, int first_round, int last_round, PhiloxDraw& draw) {
+#pragma GCC unroll 10
+  for (int round = first_round; round < last_round; ++round) {
+    philox_round(stream, round, draw.even);
+    philox_round(stream, round, draw.odd);
+  }
+}
+
 // Eq. 2 for elements first .. first+63, first a multiple of 64; bit j is element first+j.
 CHILDTUNE_INLINE uint64_t keep_bits_aligned(const PhiloxStream& stream, uint64_t first, uint32_t threshold) {
-  constexpr int kCounters = 2 * kLanes64;
-  const VecU64 even_lanes = iota_times<VecU64, uint64_t>(2);
   uint64_t bits = 0;
-  for (int done = 0; done < kBlock / 4; done += kCounters) {
-    const VecU64 counter = even_lanes + (first / 4 + uint64_t(done));
-    VecU64 even[4], odd[4];
-    philox_lanes(stream, counter, uint32_t(first >> 34), even);
-    philox_lanes(stream, counter + 1, uint32_t(first >> 34), odd);
-    bits |= compare_words(even, odd, threshold) << (4 * done);
+  for (int done = 0; done < kBlock; done += kDrawElements) {
+    PhiloxDraw draw = draw_begin(stream, first + uint64_t(done));
+    draw_rounds(stream, 2, kPhiloxRounds, draw);
+    bits |= compare_words(draw.even, draw.odd, threshold) << done;
   }
   return bits;
 }

@@ -8,6 +8,11 @@
 #define CHILDTUNE_INLINE inline __attribute__((always_inline))
 
 constexpr int kVectorBytes = CHILDTUNE_VECTOR_BYTES;
+#if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES < 64
+constexpr bool kManyRegisters = false;  // 16 vectors
+#else
+constexpr bool kManyRegisters = true;  // 32 vectors
+#endif
 constexpr int kBlock = 64;  // elements that share one 64-bit word of keep bits
 
 typedef float VecF32 __attribute__((vector_size(kVectorBytes)));
