@@ -22,6 +22,7 @@ COMPILE_ARGS = [
     "-ffp-contract=off",  # SPEC.md: no operation is contracted into a fused multiply-add
     "-fno-math-errno",
     "-fvisibility=hidden",
+    "-Wno-maybe-uninitialized",  # GCC 12 sees ghosts in its own AVX-512 header
     "-Wno-psabi",  # wide vectors pass between inlined functions only
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 ]

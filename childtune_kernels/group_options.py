@@ -24,7 +24,7 @@ NUMBERS = ("lr", "betas", "eps", "weight_decay", "reserve_p")
 # Accepted so that FusedChildAdamW drops into scripts written for torch.optim.AdamW.
 DROP_IN = ("amsgrad", "fused", "foreach")
 OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, *DROP_IN)
-GROUP_KEYS = (*OPTIONS, "seed", "params", "param_names", "child_mask")
+GROUP_KEYS = (*OPTIONS, "seed", "params", "param_names")
 
 #: All that a step depends on, looked at anew at every step.
 watched_options = operator.itemgetter(*NUMBERS, *FLAGS, *CHOICES, "amsgrad", "seed")
@@ -74,6 +74,11 @@ def check_spelling(group: Mapping[str, Any], where: str) -> None:
     Raises:
         ValueError: names the key and the option that was probably meant.
     """
+    if "child_mask" in group:
+        raise ValueError(
+            f"child_mask ({where}) cannot be put into a group that the optimizer holds; give it to the "
+            "constructor or to add_param_group"
+        )
     for key in group:
         if key not in GROUP_KEYS:
             near = difflib.get_close_matches(key, (*OPTIONS, "child_mask"), n=1, cutoff=0.8)

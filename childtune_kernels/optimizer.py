@@ -168,7 +168,6 @@ class FusedChildAdamW(Optimizer):
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Update every parameter that has a gradient.
 
@@ -185,13 +184,20 @@ class FusedChildAdamW(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        plans = self._current_plans()
-        for plan in plans:
-            plan.refresh()
-        for plan in plans:
-            ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice)
-            plan.finish()
+        self._update()
         return loss
+
+    # A compiled training step breaks its graph here: a plan reads addresses, which a trace has not.
+    @torch._disable_dynamo
+    def _update(self) -> None:
+        # What is made in inference mode could never be changed outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            plans = self._current_plans()
+            for plan in plans:
+                plan.refresh()
+            for plan in plans:
+                ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice)
+                plan.finish()
 
     def _current_plans(self) -> list[StepPlan]:
         """The plans, made anew where groups, parameters or state were exchanged by hand."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -39,32 +40,40 @@ def labelled(
         labels = [positional_label(len(known) + index) for index in range(len(tensors))]
     else:
         labels = [label_of(name) for name in names]
+        if any(map(is_positional, labels)):
+            raise ValueError(
+                f"params ({where}): names that begin with '#' stand for positions; rename"
+            )
     if known and tensors and is_positional(known[0][0]) != (names is None):
         raise ValueError(
             f"params ({where}): some groups have names and some have not; name them all"
         )
     seen_labels = {label for label, _ in known}
-    seen_memory = {_memory(tensor): label for label, tensor in known}
     for label, tensor in zip(labels, tensors, strict=True):
         if label in seen_labels:
             raise ValueError(f"the label {label!r} ({where}) stands for two parameters; rename one")
-        _check_tensor(label, tensor)
-        memory = _memory(tensor)
-        if memory in seen_memory:
-            raise ValueError(
-                f"parameter {label} ({where}) is the same tensor as {seen_memory[memory]}, or shares "
-                "its memory; pass each weight once"
-            )
         seen_labels.add(label)
-        seen_memory[memory] = label
+        _check_tensor(label, tensor)
+    _check_memory([*known, *zip(labels, tensors, strict=True)], where)
     return labels, tensors
 
 
-def _memory(tensor: Tensor) -> tuple[Any, ...]:
-    """Equal for one tensor twice, and for two that begin at the same weight."""
-    if tensor.numel() == 0 or tensor.layout != torch.strided:
-        return (id(tensor),)
-    return tensor.device, tensor.data_ptr()
+def _check_memory(members: Sequence[tuple[str, Tensor]], where: str) -> None:
+    """Refuse a tensor twice, and contiguous ones that share a byte: two threads would update it."""
+    spans = []
+    for order, (label, tensor) in enumerate(members):
+        start = tensor.data_ptr() if tensor.numel() else id(tensor)
+        contiguous = tensor.numel() > 0 and tensor.is_contiguous()
+        end = start + tensor.numel() * tensor.element_size() if contiguous else start + 1
+        spans.append((str(tensor.device), start, end, order, label))
+    spans.sort()
+    for before, after in itertools.pairwise(spans):
+        if before[0] == after[0] and after[1] < before[2]:
+            first, second = sorted((before, after), key=lambda span: span[3])
+            raise ValueError(
+                f"parameter {second[4]} ({where}) is the same tensor as {first[4]}, or shares its "
+                "memory; pass each weight once"
+            )
 
 
 def _split_names(params: Any, where: str) -> tuple[list[str] | None, list[Tensor]]:

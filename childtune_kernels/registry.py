@@ -50,7 +50,11 @@ def _cell(op: str, backend: str, device: torch.device) -> Choice:
     absent = cpp.load()
     if absent is not None:
         return Choice(op, backend, False, absent)
-    return Choice(op, backend, True, f"compiled, runs {cpp.CAPABILITIES[cpp.capability()]}")
+    try:
+        capability = cpp.CAPABILITIES[cpp.capability()]
+    except RuntimeError as error:
+        return Choice(op, backend, False, str(error))
+    return Choice(op, backend, True, f"compiled, runs {capability}")
 
 
 def survey(device: torch.device | str = "cpu") -> list[Choice]:
@@ -79,6 +83,7 @@ def choose(op: str, device: torch.device | str, requested: str | None = None) ->
     cells = [_cell(op, backend, device) for backend in BACKENDS]
     chosen = next(cell for cell in cells if cell.available)
     if chosen.backend == "reference":
+        _refuse_forced_capability(device)
         _warn_once(cells, device)
     return chosen
 
@@ -92,6 +97,14 @@ def _refusal(cell: Choice, device: torch.device) -> str:
     return (
         f"backend={cell.backend!r} cannot serve {cell.op} on {device.type}: {cell.reason}; {remedy}"
     )
+
+
+def _refuse_forced_capability(device: torch.device) -> None:
+    """Raise where the C++ column is out only because an instruction set was asked for in vain."""
+    from .backends import cpp
+
+    if device.type == "cpu" and cpp.load() is None:
+        cpp.capability()
 
 
 def _warn_once(cells: list[Choice], device: torch.device) -> None:

@@ -38,6 +38,10 @@ def restored(
     Raises:
         ValueError: groups, labels, shapes or options that do not fit.
     """
+    if not isinstance(saved, Mapping) or not {"state", "param_groups"} <= saved.keys():
+        raise ValueError(
+            "the state dict lacks state or param_groups; give what state_dict() returned"
+        )
     saved_groups = deepcopy(saved["param_groups"])
     _check_sizes(groups, saved_groups)
     _check_labels(groups, saved_groups, relabel)
@@ -100,8 +104,14 @@ def _check_labels(groups: Groups, saved_groups: Groups, relabel: bool) -> None:
 
 def _check_is_adamw(saved: Mapping[str, Any]) -> None:
     """Refuse the groups of optimizers that mean something else by the same state."""
+    # RAdam's groups look like AdamW's but for amsgrad.
     coupled = saved.get("decoupled_weight_decay") is False and saved.get("weight_decay")
-    if coupled or "betas" not in saved or "momentum_decay" in saved or "rho" in saved:
+    if (
+        coupled
+        or not {"betas", "amsgrad"} <= saved.keys()
+        or "momentum_decay" in saved
+        or "rho" in saved
+    ):
         raise ValueError(
             "the state dict is of another optimizer; load one of AdamW's kind (decoupled decay, betas)"
         )
@@ -139,7 +149,7 @@ def _restored_state(
     state = initial_state(parameter, words, "none")
     if own or saved:
         state.update(_saved_moments(label, parameter, saved))
-    if words is not None and not own:
+    if words is not None:
         outside = ~ops.unpack_mask(words, parameter.shape)
         for name in _MOMENTS:
             state[name].masked_fill_(outside, 0.0)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import ops, registry
-from .group_options import group_numbers, watched_options
+from .group_options import check_spelling, group_numbers, watched_options
 from .labels import philox_key
 from .plan_row import (
     DTYPE_CODES,
@@ -32,7 +32,7 @@ from .plan_row import (
 )
 
 _MAPS = {"element_map", "storage_map"}
-_NOTHING = torch.empty((0, 2), dtype=torch.int64)
+_NOTHING = torch.empty((0, 2), dtype=torch.int64, device="cpu")
 
 
 @dataclass(eq=False)
@@ -51,6 +51,10 @@ class Row:
     element_map: IndexMap
     numbers: GroupNumbers | None = None
     active: bool = False
+    masked: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.masked = "mask_words" in self.state
 
     @property
     def exp_avg(self) -> Tensor:
@@ -75,9 +79,14 @@ class Row:
 
 def _needs_copy(parameter: Tensor, grad: Tensor) -> bool:
     """Whether a kernel that walks the parameter's strides cannot read the gradient where it lies."""
-    return grad.numel() > 0 and (
-        grad.stride() != parameter.stride() or grad.is_neg() or grad.data_ptr() == 0
+    walks_alike = all(
+        of_grad == of_parameter
+        for size, of_grad, of_parameter in zip(
+            parameter.shape, grad.stride(), parameter.stride(), strict=True
+        )
+        if size > 1
     )
+    return grad.numel() > 0 and (not walks_alike or grad.is_neg() or grad.data_ptr() == 0)
 
 
 def _signed(key: int) -> int:
@@ -117,10 +126,27 @@ def check_state(row: Row) -> None:
                 "load_state_dict instead of writing into optimizer.state"
             )
     step = row.state.get("step")
-    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.dim() != 0:
-        raise ValueError(f"state step of {label} must be an int64 tensor of no dimension")
-    if row.mask_words is not None:
-        ops.check_words(label, row.mask_words, parameter.numel())
+    if (
+        not isinstance(step, Tensor)
+        or step.dtype != torch.int64
+        or step.dim() != 0
+        or step.device != parameter.device
+        or (step.device.type == "cpu" and int(step) < 0)
+    ):
+        raise ValueError(
+            f"state step of {label} must be an int64 tensor of no dimension on {parameter.device}, and "
+            "not negative"
+        )
+    words = row.mask_words
+    if (words is not None) != row.masked:
+        raise ValueError(
+            f"state mask_words of {label} came or went after the optimizer was built; load a state "
+            "dict, or build the optimizer anew with another child_mask"
+        )
+    if words is not None:
+        ops.check_words(label, words, parameter.numel())
+        if words.device != parameter.device or not words.is_contiguous():
+            raise ValueError(f"mask of {label}: words must be contiguous, on {parameter.device}")
 
 
 def check_master(row: Row, master_weight: str) -> None:
@@ -171,8 +197,9 @@ class StepPlan:
             self._rows_of_group[row.group_index].append(row)
         self._options: list[Any] = [None] * len(self.groups)
         self._seeds = [group["seed"] for group in self.groups]
+        self._key_counts = [0] * len(self.groups)
         self._live: list[int] | None = None
-        self._live_rows = torch.tensor([], dtype=torch.int64)
+        self._live_rows = torch.tensor([], dtype=torch.int64, device="cpu")
         self._placed, self._pointed = _NOTHING, _NOTHING
         self._state: list[int] = []
         self._copied_rows: list[int] = []
@@ -202,7 +229,7 @@ class StepPlan:
                 self.row_table[self._live_rows, ROW_COLUMN["grad"]] = pointed[:, 0]
             else:
                 self._refresh_rows(gradients, moved)
-                self._live, self._live_rows = live, torch.tensor(live)
+                self._live, self._live_rows = live, torch.tensor(live, device="cpu")
                 self._placed, self._state = placed, state
             self._pointed = pointed
         for index in self._copied_rows:
@@ -269,6 +296,9 @@ class StepPlan:
 
     def _refresh_groups(self) -> None:
         for index, group in enumerate(self.groups):
+            if len(group) != self._key_counts[index]:
+                check_spelling(group, f"group of {self._rows_of_group[index][0].label}")
+                self._key_counts[index] = len(group)
             options, seen = watched_options(group), self._options[index]
             if seen is not None and _equal(options, seen):
                 continue

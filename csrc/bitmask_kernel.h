@@ -9,10 +9,12 @@ void pack_mask(const uint8_t* mask, int64_t numel, uint32_t* words, int64_t firs
     for (; byte + 8 <= count; byte += 8) {
       uint64_t eight;
       __builtin_memcpy(&eight, mask + local + byte, 8);
-      // Gathers bit 0 of eight bytes: each partial product lands in a bit of its own.
-      bits |= ((eight & 0x0101010101010101u) * 0x0102040810204080u >> 56) << byte;
+      // A bool seen through another type may hold any byte; the top bit of each says "not zero".
+      eight |= (eight & 0x7F7F7F7F7F7F7F7Fu) + 0x7F7F7F7F7F7F7F7Fu;
+      // Gathers a bit of eight bytes: each partial product lands in a bit of its own.
+      bits |= ((eight >> 7 & 0x0101010101010101u) * 0x0102040810204080u >> 56) << byte;
     }
-    for (; byte < count; ++byte) bits |= uint64_t(mask[local + byte] & 1u) << byte;
+    for (; byte < count; ++byte) bits |= uint64_t(mask[local + byte] != 0) << byte;
     words[local / 32] = uint32_t(bits);
     if (count > 32) words[local / 32 + 1] = uint32_t(bits >> 32);
   }

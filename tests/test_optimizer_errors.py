@@ -303,7 +303,7 @@ def spoil_words(state: dict[str, Tensor]) -> None:
         (spoil_dtype, "state exp_avg_sq of layer.bias must be"),
         (spoil_step, "state step of layer.bias must be an int64 tensor"),
         (spoil_step_by_number, "state step of layer.bias must be an int64 tensor"),
-        (spoil_words, "mask of layer.bias: words"),
+        (spoil_words, "mask_words of layer.bias came or went"),
     ],
 )
 def test_state_written_by_hand(spoil: Callable[[Any], None], message: str) -> None:

@@ -83,7 +83,7 @@ def child_adamw_(rows: Sequence[Any], row_table: Tensor, group_table: Tensor) ->
 
 def observe(tensors: Sequence[Tensor]) -> Tensor:
     """Address and digest of each tensor (contract: ops.observe)."""
-    observed = torch.empty((len(tensors), 2), dtype=torch.int64)
+    observed = torch.empty((len(tensors), 2), dtype=torch.int64, device="cpu")
     torch.ops.childtune_kernels.observe_.default(tensors, observed)
     return observed
 
@@ -99,7 +99,7 @@ def keep_words(
 ) -> Tensor:
     """Keep bits as mask words (contract: ops.keep_words)."""
     words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=device)
-    columns = torch.tensor(element_map.columns(), dtype=torch.int64)
+    columns = torch.tensor(element_map.columns(), dtype=torch.int64, device="cpu")
     torch.ops.childtune_kernels.keep_words_(
         words,
         numel,
@@ -117,14 +117,14 @@ def keep_words(
 def pack_mask(mask: Tensor) -> Tensor:
     """Mask words of a bool tensor (contract: ops.pack_mask)."""
     mask = mask.contiguous()
-    words = torch.empty((mask.numel() + 31) // 32, dtype=torch.int32)
+    words = torch.empty((mask.numel() + 31) // 32, dtype=torch.int32, device="cpu")
     torch.ops.childtune_kernels.pack_mask_(mask, words, capability())
     return words
 
 
 def unpack_mask(words: Tensor, numel: int) -> Tensor:
     """A bool tensor of mask words (contract: ops.unpack_mask)."""
-    mask = torch.empty(numel, dtype=torch.bool)
+    mask = torch.empty(numel, dtype=torch.bool, device="cpu")
     torch.ops.childtune_kernels.unpack_mask_(words.contiguous(), mask, capability())
     return mask
 

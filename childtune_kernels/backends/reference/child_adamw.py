@@ -62,7 +62,7 @@ def adamw_scalars(numbers: Any, step: int) -> Scalars:
 
 def _decayed(weight: Tensor, scalars: Scalars) -> Tensor:
     """Eq. 9."""
-    decay = torch.tensor(scalars.a, dtype=weight.dtype)
+    decay = torch.tensor(scalars.a, dtype=weight.dtype, device="cpu")
     return weight if decay == 0 else weight - weight * scalars.a
 
 

@@ -15,4 +15,4 @@ def observe(tensors: Sequence[Tensor]) -> Tensor:
         address = tensor.data_ptr()
         looks = (tensor.dtype, tensor.device, tensor.shape, tensor.stride(), address == 0)
         rows.append((address, hash(looks)))
-    return torch.tensor(rows, dtype=torch.int64).view(-1, 2)
+    return torch.tensor(rows, dtype=torch.int64, device="cpu").view(-1, 2)
