@@ -17,13 +17,12 @@ from .environment import synchronize
 Seconds = dict[int, float]
 
 _WARM_UP_STEPS = 2
-_SLOW_EVERY = 6
 MINIMAL_ROUNDS = 25
 
 
 @dataclass(frozen=True)
 class Contender:
-    """Something to time; ``slow`` ones take part in the first round and each sixth after it."""
+    """Something to time; ``slow`` ones take part in no more rounds than a median needs."""
 
     step: Callable[[], object]
     slow: bool = False
@@ -47,6 +46,7 @@ def interleave(
     seconds: dict[str, Seconds] = {name: {} for name in contenders}
     order = list(contenders)
     shuffle = random.Random(0).shuffle
+    slow_every = max(1, rounds // MINIMAL_ROUNDS)
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -54,7 +54,7 @@ def interleave(
         for index in range(rounds):
             shuffle(order)
             for name in order:
-                if index % _SLOW_EVERY == 0 or not contenders[name].slow:
+                if index % slow_every == 0 or not contenders[name].slow:
                     seconds[name][index] = _timed(contenders[name].step, device)
             after_round(index + 1)
     finally:
