@@ -26,7 +26,7 @@ def test_a_closure_is_evaluated_with_gradients_and_its_loss_returned() -> None:
         loss.backward()
         return loss
 
-    assert float(optimizer.step(closure)) == 5.0
+    assert float(torch.as_tensor(optimizer.step(closure)).detach()) == 5.0
     torch.testing.assert_close(parameter.detach(), torch.tensor([0.9, -1.9]))
     assert optimizer.step() is None
 
