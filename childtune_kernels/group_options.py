@@ -16,7 +16,7 @@ from .plan_row import GroupNumbers
 
 CHOICES = {
     "convention": ("torch", "original"),
-    "child_state": ("dense",),
+    "child_state": ("auto", "compact", "dense"),
     "master_weight": ("auto", "fp32", "none"),
 }
 FLAGS = ("freeze_non_child", "correct_bias", "maximize")

@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import ops, parameter_state, registry, state_dicts
+from . import ops, parameters, registry, state_dicts, state_tensors
 from .child_mask import ChildMask
 from .group_options import check_seed, check_spelling, group_numbers
 from .labels import philox_key
 from .plan_row import contiguous_map
-from .step_plan import Row, StepPlan, check_state
+from .step_plan import Row, StepPlan, check_row
 from .summary import summary_table
 
 
@@ -47,7 +47,9 @@ class FusedChildAdamW(Optimizer):
         maximize: follow the gradient upwards.
         seed: of the Bernoulli masks; None takes ``torch.initial_seed()``.
         backend: ``"cpp"`` or ``"reference"``; None takes the best that serves the device.
-        child_state: ``"dense"``: moments for every weight.
+        child_state: with a ``child_mask``, ``"compact"`` keeps moments (and master weights) of the child's
+            elements alone, ``"dense"`` of every weight; results are the same bits. ``"auto"`` is compact,
+            but for 16-bit parameters that decay outside the child (``freeze_non_child=False``).
         master_weight: of bf16 and fp16 parameters: ``"fp32"`` (``"auto"``) keeps an fp32 copy in the
             state, ``"none"`` updates the rounded weights themselves.
         amsgrad, fused, foreach: accepted for drop-in use; ``amsgrad=True`` is refused, the others have
@@ -78,7 +80,7 @@ class FusedChildAdamW(Optimizer):
         maximize: bool = False,
         seed: int | None = None,
         backend: str | None = None,
-        child_state: str = "dense",
+        child_state: str = "auto",
         master_weight: str = "auto",
         amsgrad: bool = False,
         fused: bool | None = None,
@@ -136,20 +138,20 @@ class FusedChildAdamW(Optimizer):
             for present in self.param_groups
             for label, parameter in zip(present["param_names"], present["params"], strict=True)
         ]
-        labels, parameters = parameter_state.labelled(group, known, where)
+        labels, tensors = parameters.labelled(group, known, where)
         check_spelling(group, where)
         group_numbers(group, mask is not None, where)
-        words = parameter_state.mask_words(mask, labels, parameters)
+        words = parameters.mask_words(mask, labels, tensors)
         if self._backend is not None:
-            for device in {parameter.device for parameter in parameters}:
+            for device in {tensor.device for tensor in tensors}:
                 registry.choose("child_adamw", device, self._backend)
-        group["params"], group["param_names"] = parameters, labels
+        group["params"], group["param_names"] = tensors, labels
         states = [
-            parameter_state.initial_state(parameter, words.get(label), group["master_weight"])
-            for label, parameter in zip(labels, parameters, strict=True)
+            state_tensors.initial_state(label, tensor, words.get(label), group)
+            for label, tensor in zip(labels, tensors, strict=True)
         ]
         super().add_param_group(group)
-        for parameter, state in zip(parameters, states, strict=True):
+        for parameter, state in zip(tensors, states, strict=True):
             self.state[parameter] = state
         self._plans = None
 
@@ -235,7 +237,7 @@ class FusedChildAdamW(Optimizer):
                     philox_key=philox_key(group["seed"], label),
                     element_map=contiguous_map(parameter.numel()),
                 )
-                check_state(row)
+                check_row(row)
                 members.setdefault(parameter.device, []).append(row)
         plans = []
         for device, rows in members.items():
@@ -283,12 +285,59 @@ class FusedChildAdamW(Optimizer):
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
-    def to_adamw_state_dict(self) -> dict[str, Any]:
-        """The state as ``torch.optim.AdamW.load_state_dict`` takes it (tensors are shared, not copied).
+    def state_dict(self) -> dict[str, Any]:
+        """The state of the run, the child as mask words (SPEC.md, section 5); tensors are not copied."""
+        for pre_hook in self._optimizer_state_dict_pre_hooks.values():
+            pre_hook(self)
+        state_dict = state_dicts.packed(self.param_groups, self.state)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            result = post_hook(self, state_dict)
+            if result is not None:
+                state_dict = result
+        return state_dict
 
-        Masks, seed and master weights have no place in it and are left out.
+    @torch.no_grad()
+    def set_child_mask(self, mask: ChildMask | None, new_state: str = "keep") -> None:
+        """Change the child network during a run.
+
+        Args:
+            mask: names every parameter of every group, to train sparsely or densely; None: all of them
+                train densely from now on.
+            new_state: ``"keep"``: elements of both children keep their moments (and masters), new ones
+                start with zero moments; steps go on. ``"reset"``: all parameters start with zero moments
+                at step 0, as in a new optimizer.
+
+        Changes in place: the optimizer's state; no weight.
+
+        Raises:
+            ValueError: a mask that does not fit, or an unknown ``new_state``; nothing has changed.
         """
-        return state_dicts.adamw_state_dict(self.state_dict())
+        if new_state not in ("keep", "reset"):
+            raise ValueError(f"new_state={new_state!r} must be 'keep' or 'reset'")
+        states = []
+        for number, group in enumerate(self.param_groups):
+            words = parameters.mask_words(mask, group["param_names"], group["params"])
+            group_numbers(group, bool(words), f"group {number}")
+            for label, parameter in zip(group["param_names"], group["params"], strict=True):
+                own = words.get(label)
+                if new_state == "keep":
+                    current = self._state_of(label, parameter)
+                    state = state_tensors.moved_state(label, parameter, current, own, group)
+                else:
+                    state = state_tensors.initial_state(label, parameter, own, group)
+                states.append((parameter, state))
+        for parameter, state in states:
+            self.state[parameter] = state
+        self._plans = None
+
+    def to_adamw_state_dict(self) -> dict[str, Any]:
+        """The state as ``torch.optim.AdamW.load_state_dict`` takes it.
+
+        Masks, seed and master weights have no place in it and are left out. Dense moments are shared, not
+        copied; compact ones are spread out, with zeros outside the child.
+        """
+        members = list(chain.from_iterable(group["params"] for group in self.param_groups))
+        return state_dicts.adamw_state_dict(self.state_dict(), members)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors: moments, master weights, mask words and steps."""

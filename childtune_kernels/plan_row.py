@@ -12,12 +12,18 @@ MAP_LEVELS = 4
 # Each column is 8 bytes. csrc/plan_row.h declares the same ones; backends/cpp.py compares the two.
 ROW_FIELDS = (
     "active,group,numel,weight_dtype,grad_dtype,weight,grad,exp_avg,exp_avg_sq,master_weight,"
-    "mask_words,step,philox_key,element_contiguous,storage_contiguous,element_map:9,storage_map:9"
+    "mask_words,child_layout,child_count,run_count,child_ranks,child_places,step,philox_key,"
+    "element_contiguous,storage_contiguous,element_map:9,storage_map:9"
 )
 GROUP_FIELDS = (
     "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
     "correct_bias,maximize"
 )
+
+# How the child of a row with compact state is written down (SPEC.md, "Child layouts").
+LAYOUT_CODES = {"dense": 0, "words": 1, "indices": 2, "runs": 3}
+WORDS_UNIT = 1 << 12  # elements between two child_ranks of layout "words"
+INDICES_UNIT = 1 << 16  # and of layout "indices"
 
 DTYPE_CODES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}
 

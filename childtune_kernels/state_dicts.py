@@ -6,22 +6,40 @@ import warnings
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from copy import deepcopy
+from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import ops
+from . import child_layout, ops, state_tensors
 from .group_options import OPTIONS, check_seed, check_spelling, group_numbers
 from .labels import is_positional, label_of
-from .parameter_state import has_master, initial_state, master_of
 
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
 _TORCH_ONLY = ("capturable", "differentiable", "decoupled_weight_decay", "fused", "foreach")
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+# How this optimizer keeps its state, which changes no result: not the saved run's affair.
+_OWN_CHOICES = ("child_state",)
 
 State = Mapping[str, Any]
 Groups = list[dict[str, Any]]
+
+
+def packed(groups: Groups, states: Mapping[Tensor, State]) -> dict[str, Any]:
+    """The state dict of groups and state: parameters by number, the child as mask words."""
+    members = list(chain.from_iterable(group["params"] for group in groups))
+    number = {id(parameter): index for index, parameter in enumerate(members)}
+    return {
+        "state": {
+            number[id(parameter)]: state_tensors.saved_state(parameter, states[parameter])
+            for parameter in members
+            if states.get(parameter)
+        },
+        "param_groups": [
+            {**group, "params": [number[id(parameter)] for parameter in group["params"]]}
+            for group in groups
+        ],
+    }
 
 
 def restored(
@@ -57,9 +75,9 @@ def restored(
         ):
             entry = saved["state"].get(index, {})
             new_states[parameter] = _restored_state(
-                label, parameter, entry, states[parameter], new_group["master_weight"], own
+                label, parameter, entry, states[parameter], new_group, own
             )
-        masked = any("mask_words" in new_states[parameter] for parameter in group["params"])
+        masked = any(child_layout.has_child(new_states[member]) for member in group["params"])
         group_numbers(new_group, masked, "the state dict")
         new_groups.append(new_group)
     return new_groups, new_states
@@ -119,7 +137,7 @@ def _check_is_adamw(saved: Mapping[str, Any]) -> None:
 
 def _restored_group(group: dict[str, Any], saved: dict[str, Any], own: bool) -> dict[str, Any]:
     if own:
-        taken = dict(saved)
+        taken = {name: value for name, value in saved.items() if name not in _OWN_CHOICES}
     elif saved.get("amsgrad"):
         raise ValueError("the state dict is of AdamW with amsgrad=True, which is not supported")
     else:
@@ -134,37 +152,61 @@ def _restored_group(group: dict[str, Any], saved: dict[str, Any], own: bool) -> 
 
 
 def _restored_state(
-    label: str, parameter: Tensor, saved: State, current: State, master_weight: str, own: bool
+    label: str,
+    parameter: Tensor,
+    saved: State,
+    current: State,
+    group: Mapping[str, Any],
+    own: bool,
 ) -> dict[str, Tensor]:
-    if any(name in saved for name in ("child_exp_avg", "child_exp_avg_sq")):
-        raise ValueError(f"state of {label}: compact moments cannot be read by this version")
     if "max_exp_avg_sq" in saved:
         raise ValueError(f"state of {label}: max_exp_avg_sq of amsgrad=True is not supported")
-    words = saved.get("mask_words") if own else current.get("mask_words")
+    current_words = child_layout.mask_words(current, parameter.numel())
+    words = _saved_words(label, parameter, saved) if own else current_words
     if words is not None:
-        ops.check_words(label, words, parameter.numel())
         words = words.to(parameter.device, copy=True)
     if own:
-        _warn_of_other_mask(label, words, current.get("mask_words"))
-    state = initial_state(parameter, words, "none")
-    if own or saved:
-        state.update(_saved_moments(label, parameter, saved))
-    if words is not None:
-        outside = ~ops.unpack_mask(words, parameter.shape)
-        for name in _MOMENTS:
-            state[name].masked_fill_(outside, 0.0)
-    if has_master(parameter, master_weight):
-        state["master_weight"] = master_of(parameter)
-        if "master_weight" in saved:
-            state["master_weight"] = _saved_tensor(
-                "master_weight", label, parameter, saved, torch.float32
+        _warn_of_other_mask(label, words, current_words)
+    if not own and not saved:
+        return state_tensors.initial_state(label, parameter, words, group)
+    read = _read_state(label, parameter, saved)
+    return state_tensors.moved_state(label, parameter, read, words, group)
+
+
+def _read_state(label: str, parameter: Tensor, saved: State) -> dict[str, Tensor]:
+    """A saved state on the parameter's device, after a check of all its tensors."""
+    compact = child_layout.is_compact(saved)
+    words = _saved_words(label, parameter, saved)
+    shape = parameter.shape
+    if compact:
+        if words is None:
+            raise ValueError(
+                f"state of {label} has moments of a child without mask_words; it was altered or cut"
             )
-    return state
+        shape = torch.Size([ops.count_mask(words)])
+    read = {"step": _saved_step(label, parameter, saved)}
+    for plain in state_tensors.ELEMENTWISE:
+        name = state_tensors.key(plain, compact)
+        if plain in state_tensors.MOMENTS or name in saved:
+            read[name] = _saved_tensor(name, label, parameter, saved, shape)
+    if words is not None:
+        read["mask_words"] = words.to(parameter.device)
+    return read
 
 
-def _saved_moments(label: str, parameter: Tensor, saved: State) -> dict[str, Tensor]:
-    compute = ops.compute_dtype(parameter.dtype)
-    moments = {name: _saved_tensor(name, label, parameter, saved, compute) for name in _MOMENTS}
+def _saved_words(label: str, parameter: Tensor, saved: State) -> Tensor | None:
+    """The mask words of a saved state; a flat state dict may have brought the live layout alone."""
+    if saved.get("mask_words") is not None:
+        words: Tensor = saved["mask_words"]
+        ops.check_words(label, words, parameter.numel())
+        return words
+    if not child_layout.is_compact(saved) or not child_layout.has_child(saved):
+        return None
+    child_layout.check_layout(label, saved, saved["child_exp_avg"].device, parameter.numel())
+    return child_layout.mask_words(saved, parameter.numel())
+
+
+def _saved_step(label: str, parameter: Tensor, saved: State) -> Tensor:
     if "step" not in saved:
         raise ValueError(f"state of {label} has no step in the state dict")
     try:
@@ -174,24 +216,23 @@ def _saved_moments(label: str, parameter: Tensor, saved: State) -> dict[str, Ten
     if not (step.is_integer() and step >= 0):
         raise ValueError(f"state step of {label} is {saved['step']!r}; it must be a count of steps")
     # AdamW counts in float32; an int64 count is taken as it is.
-    moments["step"] = torch.tensor(int(saved["step"]), dtype=torch.int64, device=parameter.device)
-    return moments
+    return torch.tensor(int(saved["step"]), dtype=torch.int64, device=parameter.device)
 
 
 def _saved_tensor(
-    name: str, label: str, parameter: Tensor, saved: State, dtype: torch.dtype
+    name: str, label: str, parameter: Tensor, saved: State, shape: torch.Size
 ) -> Tensor:
-    """A copy of one state tensor as this parameter needs it: row-major, on its device, of ``dtype``."""
+    """One saved state tensor on the parameter's device."""
     tensor = saved.get(name)
-    if not isinstance(tensor, Tensor) or tensor.shape != parameter.shape:
+    if not isinstance(tensor, Tensor) or tensor.shape != shape:
         found = tuple(tensor.shape) if isinstance(tensor, Tensor) else tensor
         raise ValueError(
-            f"state {name} of {label} is {found} in the state dict; the parameter has shape "
-            f"{tuple(parameter.shape)}"
+            f"state {name} of {label} is {found} in the state dict; expected shape {tuple(shape)} for a "
+            f"parameter of shape {tuple(parameter.shape)}"
         )
     if not tensor.is_floating_point():
         raise ValueError(f"state {name} of {label} is of {tensor.dtype}; it must be floating point")
-    return torch.empty(parameter.shape, dtype=dtype, device=parameter.device).copy_(tensor)
+    return tensor.to(parameter.device)
 
 
 def _warn_of_other_mask(label: str, saved: Tensor | None, current: Tensor | None) -> None:
@@ -205,14 +246,16 @@ def _warn_of_other_mask(label: str, saved: Tensor | None, current: Tensor | None
     )
 
 
-def adamw_state_dict(state_dict: Mapping[str, Any]) -> dict[str, Any]:
-    """A FusedChildAdamW state dict as ``torch.optim.AdamW.load_state_dict`` takes it."""
+def adamw_state_dict(state_dict: Mapping[str, Any], members: Sequence[Tensor]) -> dict[str, Any]:
+    """A FusedChildAdamW state dict as ``torch.optim.AdamW.load_state_dict`` takes it.
+
+    ``members``: the parameters, in the order of their numbers.
+    """
     defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
     states = {
         index: {
             "step": torch.tensor(float(entry["step"]), dtype=torch.float32),
-            "exp_avg": entry["exp_avg"],
-            "exp_avg_sq": entry["exp_avg_sq"],
+            **state_tensors.dense_moments(members[index], entry),
         }
         for index, entry in state_dict["state"].items()
     }

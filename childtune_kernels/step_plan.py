@@ -16,13 +16,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops, registry
+from . import child_layout, ops, registry, state_tensors
 from .group_options import check_spelling, group_numbers, watched_options
 from .labels import philox_key
 from .plan_row import (
     DTYPE_CODES,
     GROUP_COLUMN,
     GROUP_WIDTH,
+    LAYOUT_CODES,
     ROW_COLUMN,
     ROW_WIDTH,
     GroupNumbers,
@@ -52,17 +53,19 @@ class Row:
     numbers: GroupNumbers | None = None
     active: bool = False
     masked: bool = field(init=False)
+    compact: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        self.masked = "mask_words" in self.state
+        self.masked = child_layout.has_child(self.state)
+        self.compact = child_layout.is_compact(self.state)
 
     @property
     def exp_avg(self) -> Tensor:
-        return self.state["exp_avg"]
+        return self.state[state_tensors.key("exp_avg", self.compact)]
 
     @property
     def exp_avg_sq(self) -> Tensor:
-        return self.state["exp_avg_sq"]
+        return self.state[state_tensors.key("exp_avg_sq", self.compact)]
 
     @property
     def step(self) -> Tensor:
@@ -70,11 +73,11 @@ class Row:
 
     @property
     def master_weight(self) -> Tensor | None:
-        return self.state.get("master_weight")
+        return self.state.get(state_tensors.key("master_weight", self.compact))
 
     @property
     def mask_words(self) -> Tensor | None:
-        return self.state.get("mask_words")
+        return child_layout.mask_words(self.state, self.parameter.numel())
 
 
 def _needs_copy(parameter: Tensor, grad: Tensor) -> bool:
@@ -89,6 +92,10 @@ def _needs_copy(parameter: Tensor, grad: Tensor) -> bool:
     return grad.numel() > 0 and (not walks_alike or grad.is_neg() or grad.data_ptr() == 0)
 
 
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
 def _signed(key: int) -> int:
     return key - (key >> 63 << 64)
 
@@ -100,68 +107,19 @@ def _equal(options: tuple[Any, ...], seen: tuple[Any, ...]) -> bool:
         return False
 
 
-def check_state(row: Row) -> None:
-    """Refuse state that does not fit its parameter (SPEC.md, section 5).
+def check_row(row: Row) -> None:
+    """Refuse state that does not fit its parameter, or has come to be another kind than the row's.
 
     Raises:
-        ValueError: a missing tensor, or one of another type, shape, device or layout.
+        ValueError: see ``state_tensors.check_state``.
     """
-    parameter, label = row.parameter, row.label
-    compute = ops.compute_dtype(parameter.dtype)
-    expected = {"exp_avg": compute, "exp_avg_sq": compute, "master_weight": torch.float32}
-    for name, dtype in expected.items():
-        tensor = row.state.get(name)
-        if tensor is None and name == "master_weight":
-            continue
-        if (
-            not isinstance(tensor, Tensor)
-            or tensor.dtype != dtype
-            or tensor.shape != parameter.shape
-            or tensor.device != parameter.device
-            or not tensor.is_contiguous()
-        ):
-            raise ValueError(
-                f"state {name} of {label} must be a contiguous {dtype} tensor of shape "
-                f"{tuple(parameter.shape)} on {parameter.device}; load a state dict with "
-                "load_state_dict instead of writing into optimizer.state"
-            )
-    step = row.state.get("step")
-    if (
-        not isinstance(step, Tensor)
-        or step.dtype != torch.int64
-        or step.dim() != 0
-        or step.device != parameter.device
-        or (step.device.type == "cpu" and int(step) < 0)
-    ):
+    present = (child_layout.has_child(row.state), child_layout.is_compact(row.state))
+    if present != (row.masked, row.compact):
         raise ValueError(
-            f"state step of {label} must be an int64 tensor of no dimension on {parameter.device}, and "
-            "not negative"
+            f"the mask in the state of {row.label} came or went after the optimizer was built; use "
+            "set_child_mask or load a state dict"
         )
-    words = row.mask_words
-    if (words is not None) != row.masked:
-        raise ValueError(
-            f"state mask_words of {label} came or went after the optimizer was built; load a state "
-            "dict, or build the optimizer anew with another child_mask"
-        )
-    if words is not None:
-        ops.check_words(label, words, parameter.numel())
-        if words.device != parameter.device or not words.is_contiguous():
-            raise ValueError(f"mask of {label}: words must be contiguous, on {parameter.device}")
-
-
-def check_master(row: Row, master_weight: str) -> None:
-    """Refuse state that has a master weight where the options say there is none, or the reverse.
-
-    Raises:
-        ValueError: the option or the parameter's type has changed since the state was made.
-    """
-    expected = master_weight != "none" and row.parameter.dtype in ops.HALF_TYPES
-    if expected != ("master_weight" in row.state):
-        raise ValueError(
-            f"state of {row.label} {'lacks a' if expected else 'has a'} master weight, which does not "
-            f"go with master_weight={master_weight!r} and a weight of {row.parameter.dtype}; build the "
-            "optimizer anew and load its state dict"
-        )
+    state_tensors.check_state(row.label, row.parameter, row.state)
 
 
 class StepPlan:
@@ -247,7 +205,7 @@ class StepPlan:
         except (TypeError, RuntimeError, AttributeError):
             for row in self.rows:
                 ops.check_parameter(row.label, row.parameter)
-                check_state(row)
+                check_row(row)
                 if row.parameter.grad is not None:
                     ops.check_gradient(row.label, row.parameter, row.parameter.grad)
             raise
@@ -304,14 +262,14 @@ class StepPlan:
                 continue
             rows = self._rows_of_group[index]
             self._options[index] = None
-            masked = any("mask_words" in row.state for row in rows)
+            masked = any(row.masked for row in rows)
             numbers = group_numbers(group, masked, f"group of {rows[0].label}")
             start = index * GROUP_WIDTH
             for name, at in GROUP_COLUMN.items():
                 self._group_data[start + at] = getattr(numbers, name)
             for row in rows:
                 row.numbers = numbers
-                check_master(row, group["master_weight"])
+                state_tensors.check_options(row.label, row.parameter, row.state, group)
             if group["seed"] != self._seeds[index]:
                 self._take_seed(index, rows, group["seed"])
             # A tensor or list can change and still be the same object: it is read at every step.
@@ -331,8 +289,9 @@ class StepPlan:
     def _place(self, index: int, row: Row) -> None:
         """Write everything of a row that is not the gradient's."""
         ops.check_parameter(row.label, row.parameter)
-        check_state(row)
-        check_master(row, self.groups[row.group_index]["master_weight"])
+        check_row(row)
+        group = self.groups[row.group_index]
+        state_tensors.check_options(row.label, row.parameter, row.state, group)
         parameter, numel = row.parameter, row.parameter.numel()
         try:
             storage = strided_map(parameter.shape, parameter.stride())
@@ -340,7 +299,9 @@ class StepPlan:
             raise ValueError(f"parameter {row.label}: {error}; call .contiguous() on it") from None
         if numel == 0 or parameter.is_contiguous():
             storage = contiguous_map(numel)
-        words, master = row.mask_words, row.master_weight
+        state, master = row.state, row.master_weight
+        layout = child_layout.layout_of(state)
+        runs = state.get("child_runs")
         columns: dict[str, Any] = {
             "group": row.group_index,
             "numel": numel,
@@ -348,8 +309,13 @@ class StepPlan:
             "weight": parameter.data_ptr(),
             "exp_avg": row.exp_avg.data_ptr(),
             "exp_avg_sq": row.exp_avg_sq.data_ptr(),
-            "master_weight": 0 if master is None else master.data_ptr(),
-            "mask_words": 0 if words is None else words.data_ptr(),
+            "master_weight": _address(master),
+            "mask_words": _address(state.get("mask_words")),
+            "child_layout": LAYOUT_CODES[layout],
+            "child_count": row.exp_avg.numel(),
+            "run_count": 0 if runs is None else runs.shape[0] - 1,
+            "child_ranks": _address(state.get("child_ranks")),
+            "child_places": _address(state.get("child_indices", runs)),
             "step": row.step.data_ptr(),
             "philox_key": _signed(row.philox_key),
             "element_contiguous": row.element_map.is_contiguous,

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import ops
+from . import child_layout
 
 _HEADER = ("parameter", "shape", "p", "child", "decay", "backend", "state bytes")
 
@@ -25,9 +25,10 @@ def summary_table(
         for label, parameter in zip(group["param_names"], group["params"], strict=True):
             state = states[parameter]
             size = sum(t.numel() * t.element_size() for t in state.values())
-            words = state.get("mask_words")
-            child = parameter.numel() if words is None else ops.count_mask(words)
-            density = "dense" if words is None else f"{child / max(1, parameter.numel()):.4f}"
+            child, density = parameter.numel(), "dense"
+            if child_layout.has_child(state):
+                child = child_layout.child_count(state)
+                density = f"{child / max(1, parameter.numel()):.4f}"
             rows.append(
                 (
                     label,

@@ -5,8 +5,8 @@
 
 namespace childtune {
 
-// The kernels of one instruction set. `first`..`last` count blocks of 64 elements of one row, or
-// 64-bit words of one mask, so that any split over threads leaves the same bits.
+// The kernels of one instruction set. `first`..`last` count units of one row (plan_row.h), or 64-bit
+// words of one mask, so that any split over threads leaves the same bits.
 struct Kernels {
   void (*child_adamw_row)(const PlanRow& row, const PlanGroup& group, int64_t first, int64_t last);
   void (*keep_words)(uint64_t key, uint64_t step, uint32_t purpose, uint64_t threshold, const IndexMap& map,

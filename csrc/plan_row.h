@@ -31,6 +31,11 @@ struct PlanRow {
   int64_t exp_avg_sq;
   int64_t master_weight;
   int64_t mask_words;
+  int64_t child_layout;
+  int64_t child_count;
+  int64_t run_count;
+  int64_t child_ranks;
+  int64_t child_places;
   int64_t step;
   int64_t philox_key;
   int64_t element_contiguous;
@@ -58,14 +63,39 @@ constexpr int kGroupColumns = sizeof(PlanGroup) / 8;
 
 constexpr const char* kRowFields =
     "active,group,numel,weight_dtype,grad_dtype,weight,grad,exp_avg,exp_avg_sq,master_weight,"
-    "mask_words,step,philox_key,element_contiguous,storage_contiguous,element_map:9,storage_map:9";
+    "mask_words,child_layout,child_count,run_count,child_ranks,child_places,step,philox_key,"
+    "element_contiguous,storage_contiguous,element_map:9,storage_map:9";
 constexpr const char* kGroupFields =
     "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
     "correct_bias,maximize";
 
 enum DtypeCode : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-static_assert(sizeof(IndexMap) == 9 * 8 && sizeof(PlanRow) == (15 + 18) * 8, "8-byte columns");
+// How the child of a row with compact state is written down (SPEC.md, "Child layouts").
+enum ChildLayout : int64_t { kDense = 0, kWords = 1, kIndices = 2, kRuns = 3 };
+constexpr int64_t kWordsUnit = 1 << 12;
+constexpr int64_t kIndicesUnit = 1 << 16;
+
+struct ChildRun {
+  int64_t start;
+  int64_t rank;
+};
+
+// A row is cut into units, which threads share: stretches of elements or, of runs, of child elements.
+constexpr int64_t kDenseUnit = 1 << 12;
+constexpr int64_t kRunsUnit = 1 << 12;
+
+inline int64_t units_of(const PlanRow& row) {
+  switch (row.child_layout) {
+    case kWords: return (row.numel + kWordsUnit - 1) / kWordsUnit;
+    case kIndices: return (row.numel + kIndicesUnit - 1) / kIndicesUnit;
+    // One unit where there is no child, for the decay of what lies outside it.
+    case kRuns: return row.child_count ? (row.child_count + kRunsUnit - 1) / kRunsUnit : 1;
+    default: return (row.numel + kDenseUnit - 1) / kDenseUnit;
+  }
+}
+
+static_assert(sizeof(IndexMap) == 9 * 8 && sizeof(PlanRow) == (20 + 18) * 8, "8-byte columns");
 static_assert(kGroupColumns == 11, "kGroupFields names every column");
 
 }  // namespace childtune

@@ -5,10 +5,11 @@ A backend joins every test by its name in ``BACKENDS``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,6 +20,8 @@ from childtune_kernels import ChildMask, FusedChildAdamW, ops, registry
 from childtune_kernels.backends import cpp
 from childtune_kernels.labels import philox_key
 from childtune_kernels.plan_row import contiguous_map
+
+from .child_states import LAYOUTS, lay_out_children, state_in_full
 
 BACKENDS = ("cpp",)
 SEED = 1234
@@ -68,6 +71,8 @@ class Case:
     correct_bias: bool = True
     maximize: bool = False
     master_weight: str = "auto"
+    child_state: str = "dense"
+    layout: str | None = None  # of compact state; None: what the optimizer chooses
     lr: float = 1e-2
     betas: tuple[float, float] = (0.9, 0.98)
     eps: float = 1e-8
@@ -81,9 +86,14 @@ class Case:
     def masked(self) -> bool:
         return self.fixed_mask or self.reserve_p < 1
 
+    @property
+    def in_dense_state(self) -> Case:
+        """The same setting with moments for every weight."""
+        return dataclasses.replace(self, child_state="dense", layout=None)
+
     def options(self) -> dict[str, Any]:
         """The keyword arguments of FusedChildAdamW."""
-        foreign = ("name", "dtype", "grad_dtype", "fixed_mask", "first_step")
+        foreign = ("name", "dtype", "grad_dtype", "fixed_mask", "layout", "first_step")
         return {key: value for key, value in vars(self).items() if key not in foreign}
 
 
@@ -145,7 +155,26 @@ SINGLES = [
     Case("step_wraps_original", reserve_p=0.3, convention="original", first_step=2**32 - 2),
     Case("step_large_fp64", torch.float64, reserve_p=0.3, first_step=2**40 + 3),
 ]
-CASES = [*PRODUCT, *SINGLES]
+
+
+def _compact_product() -> Iterator[Case]:
+    """Compact state: every type and mask, by every layout and by the optimizer's own choice."""
+    masks = {name: mask for name, mask in _MASKS.items() if mask.get("fixed_mask")}
+    for (kind, types), (name, mask) in itertools.product(_TYPES.items(), masks.items()):
+        has_master = types.get("master_weight") != "none" and types["dtype"].itemsize == 2
+        if has_master and not mask.get("freeze_non_child", True):
+            continue  # refused
+        # The kernels' code differs by type, layout and mask; conventions meet in the layouts' turn.
+        for index, layout in enumerate((*LAYOUTS, None)):
+            convention = ("torch", "original")[(index + len(name)) % 2]
+            yield Case(
+                f"compact-{kind}-{name}-{layout or 'chosen'}", **types, **mask,
+                convention=convention, child_state="compact", layout=layout,
+            )  # fmt: skip
+
+
+COMPACT = [*_compact_product()]
+CASES = [*PRODUCT, *SINGLES, *COMPACT]
 
 
 def _plain(values: Tensor) -> Tensor:
@@ -317,6 +346,8 @@ def run(
     )
     for name in parameters:
         optimizer.state[parameters[name]]["step"].fill_(case.first_step - 1)
+    if case.layout is not None:
+        lay_out_children(optimizer, case.layout)
     for gradients in gradients_of(case, poisoned):
         for name, gradient in gradients.items():
             parameters[name].grad = gradient
@@ -325,7 +356,7 @@ def run(
     for name, parameter in parameters.items():
         outcome[f"{name} weight"] = parameter.detach()
         outcome[f"{name} storage"] = storage_of(parameter)
-        for key, tensor in optimizer.state[parameter].items():
+        for key, tensor in state_in_full(parameter, optimizer.state[parameter]).items():
             outcome[f"{name} {key}"] = tensor
     return outcome
 

@@ -52,7 +52,7 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("maximize", "no", "must be True or False"),
     ("convention", "orginal", "one of .*'torch', 'original'"),
     ("convention", None, "one of .*'torch', 'original'"),
-    ("child_state", "compact", "one of .*'dense'"),
+    ("child_state", "sparse", "one of .*'dense'"),
     ("master_weight", "split", "one of .*'auto', 'fp32', 'none'"),
     ("master_weight", None, "one of .*'auto', 'fp32', 'none'"),
     ("amsgrad", True, "use amsgrad=False"),

@@ -22,8 +22,10 @@ FLOORS: list[set[str]] = [
     {"backends"},  # the kernels: reference, cpp, ...
     {"registry", "group_options"},  # which kernel serves; what a group may say
     {"ops"},  # the contract of every op
-    {"child_mask", "step_plan", "summary"},  # masks; the tables of a step
-    {"parameter_state"},
+    {"child_mask", "child_layout"},  # masks; how compact state writes a child down
+    {"state_tensors", "summary"},  # the state of one parameter
+    {"step_plan"},  # the tables of a step
+    {"parameters"},
     {"state_dicts"},
     {"optimizer"},
     {"self_check"},

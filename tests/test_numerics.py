@@ -177,7 +177,7 @@ def check_original_convention(backend: str) -> None:
         mask = ChildMask.from_dense({NAME: child}) if masked else None
         optimizer = FusedChildAdamW(
             [(NAME, parameter)], convention="original", child_mask=mask, seed=SEED, backend=backend,
-            freeze_non_child=False, **options,
+            freeze_non_child=False, child_state="dense", **options,
         )  # fmt: skip
         keep = []
         for step, gradient in enumerate(gradients, 1):

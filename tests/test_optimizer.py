@@ -220,8 +220,8 @@ def test_summary_has_a_row_a_parameter() -> None:
     assert list(rows) == ["parameter", *(n for n in parameters if n != "layer.bias"), "layer.bias",
                           "total"]  # fmt: skip
     density = f"{mask.density('layer.weight'):.4f}"
-    words = 4 * 6
-    state_bytes = str(8 + 2 * 4 * 165 + words).replace("1352", "1,352")
+    words_and_ranks = 4 * 6 + 8 * 2
+    state_bytes = f"{8 + 2 * 4 * mask.count('layer.weight') + words_and_ranks:,}"
     assert rows["layer.weight"][1:] == ["5x33", "1", density, "0.01", "reference", state_bytes]
     assert rows["layer.bias"][1:] == ["33", "0.25", "dense", "0", "reference", str(8 + 8 * 33)]
     assert rows["scale"][1:] == ["scalar", "1", "dense", "0.01", "reference", "16"]
@@ -249,7 +249,9 @@ def test_state_bytes_are_those_of_the_tensors(
 ) -> None:
     parameters = toy_parameters(dtype)
     mask = toy_mask(parameters) if masked else None
-    optimizer = FusedChildAdamW(parameters.items(), child_mask=mask, master_weight=master_weight)
+    optimizer = FusedChildAdamW(
+        parameters.items(), child_mask=mask, master_weight=master_weight, child_state="dense"
+    )
     words = sum((p.numel() + 31) // 32 for p in parameters.values()) if masked else 0
     elements = sum(p.numel() for p in parameters.values())
     expected = per_element * elements + 4 * words + 8 * len(parameters)

@@ -302,8 +302,8 @@ def spoil_words(state: dict[str, Tensor]) -> None:
         (spoil_shape, "state exp_avg of layer.bias must be a contiguous .* load_state_dict"),
         (spoil_dtype, "state exp_avg_sq of layer.bias must be"),
         (spoil_step, "state step of layer.bias must be an int64 tensor"),
-        (spoil_step_by_number, "state step of layer.bias must be an int64 tensor"),
-        (spoil_words, "mask_words of layer.bias came or went"),
+        (spoil_step_by_number, "state step of layer.bias must be a tensor, not 2"),
+        (spoil_words, "mask in the state of layer.bias came or went"),
     ],
 )
 def test_state_written_by_hand(spoil: Callable[[Any], None], message: str) -> None:

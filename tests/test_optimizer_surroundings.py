@@ -97,12 +97,17 @@ def test_a_mask_taken_out_of_the_state_is_refused() -> None:
     optimizer = FusedChildAdamW(parameters.items(), child_mask=toy_mask(parameters))
     train(optimizer, parameters, range(1))
     state = optimizer.state[parameters["layer.weight"]]
+    assert state.keys() >= {"mask_words", "child_ranks"}
+    ranks = state.pop("child_ranks")
     words = state.pop("mask_words")
     before = parameters["layer.weight"].detach().clone()
-    with pytest.raises(ValueError, match=r"mask_words of layer\.weight came or went"):
+    with pytest.raises(ValueError, match=r"mask in the state of layer\.weight came or went"):
         optimizer.step()
     assert identical(parameters["layer.weight"].detach(), before)
     state["mask_words"] = words
+    with pytest.raises(ValueError, match=r"child of layer\.weight is not written as layout words"):
+        optimizer.step()
+    state["child_ranks"] = ranks
     optimizer.step()
 
 

@@ -13,6 +13,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from childtune_kernels import FusedChildAdamW, registry
+from tests.child_states import LAYOUTS, lay_out_children
 from tests.snapshots import assert_identical, bits, identical, weights_and_state
 from tests.toy_parameters import toy_mask, toy_parameters, train
 
@@ -28,6 +29,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "plain": {},
     "CT_F": {"reserve_p": 0.3},
     "CT_D": {"masked": True},
+    "CT_D in dense state": {"masked": True, "child_state": "dense"},
     "both": {"reserve_p": 0.3, "masked": True},
 }
 OTHER_OPTIONS: dict[str, Any] = {
@@ -74,7 +76,8 @@ def test_a_resumed_run_equals_the_uninterrupted_one(kind: str, dtype: str, at: i
     train(optimizer, parameters, range(at))
     saved = saved_and_loaded(optimizer.state_dict())
     resumed_parameters = reloaded_weights(parameters)
-    resumed = FusedChildAdamW(resumed_parameters.items(), seed=99)
+    state_kind = {"child_state": optimizer.param_groups[0]["child_state"]}
+    resumed = FusedChildAdamW(resumed_parameters.items(), seed=99, **state_kind)
     resumed.load_state_dict(saved)
     assert_identical(weights_and_state(optimizer), weights_and_state(resumed))
     train(optimizer, parameters, range(at, STEPS))
@@ -209,7 +212,7 @@ def flat(state_dict: dict[str, Any]) -> dict[tuple[int, str], torch.Tensor]:
 
 def test_what_a_state_dict_holds() -> None:
     parameters = toy_parameters(torch.bfloat16)
-    optimizer = optimizer_of(parameters, True)
+    optimizer = optimizer_of(parameters, True, child_state="dense")
     state_dict = optimizer.state_dict()
     assert state_dict.keys() == {"state", "param_groups"}
     assert state_dict["param_groups"][0]["param_names"] == list(parameters)
@@ -225,12 +228,33 @@ def test_what_a_state_dict_holds() -> None:
         assert entry["step"].shape == ()
 
 
+def test_what_a_state_dict_holds_of_compact_state() -> None:
+    """Names that AdamW cannot take for its own, and mask words whatever the layout."""
+    parameters = toy_parameters(torch.bfloat16)
+    mask = toy_mask(parameters, dense=["scale"])
+    for layout in LAYOUTS:
+        optimizer = optimizer_of(parameters, True)
+        lay_out_children(optimizer, layout)
+        entries = optimizer.state_dict()["state"].values()
+        for entry, (name, parameter) in zip(entries, parameters.items(), strict=True):
+            if name == "scale":
+                assert entry.keys() == {"step", "exp_avg", "exp_avg_sq", "master_weight"}
+                continue
+            assert not {"exp_avg", "exp_avg_sq", "master_weight"} & entry.keys()
+            assert torch.equal(entry["mask_words"], mask.words[name])
+            for key in ("child_exp_avg", "child_exp_avg_sq", "child_master_weight"):
+                assert entry[key].dtype == torch.float32
+                assert entry[key].shape == (mask.count(name),)
+            master = parameter.detach().float()[mask.dense(name)]
+            assert torch.equal(entry["child_master_weight"], master)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_nothing_is_cast_to_the_type_of_the_weights(dtype: torch.dtype) -> None:
     parameters = toy_parameters(dtype)
     optimizer = optimizer_of(parameters, True, reserve_p=0.5)
     train(optimizer, parameters, range(3))
-    exp_avg = optimizer.state[parameters["layer.weight"]]["exp_avg"]
+    exp_avg = optimizer.state[parameters["layer.weight"]]["child_exp_avg"]
     assert not torch.equal(exp_avg, exp_avg.to(dtype).float())
     other_parameters = reloaded_weights(parameters)
     other = FusedChildAdamW(other_parameters.items())

@@ -11,6 +11,7 @@ from torch.nn import Parameter
 from torch.optim import AdamW
 
 from childtune_kernels import FusedChildAdamW
+from tests.child_states import state_in_full
 from tests.snapshots import identical
 from tests.test_state_dict import saved_and_loaded
 from tests.toy_parameters import SHAPES, give_gradients, toy_mask, toy_parameters, train
@@ -98,7 +99,7 @@ def test_mask_seed_and_the_other_options_stay() -> None:
     ours = copied(parameters)
     mask = toy_mask(ours, dense=["scale"])
     own: dict[str, Any] = {"reserve_p": 0.4, "freeze_non_child": False, "convention": "original",
-                           "correct_bias": False}  # fmt: skip
+                           "correct_bias": False, "child_state": "compact"}  # fmt: skip
     optimizer = FusedChildAdamW(ours.items(), child_mask=mask, seed=5, **own)
     optimizer.load_state_dict(adamw.state_dict())
     group = optimizer.param_groups[0]
@@ -106,21 +107,26 @@ def test_mask_seed_and_the_other_options_stay() -> None:
     assert group["seed"] == 5
     assert not {"capturable", "decoupled_weight_decay"} & group.keys()
     for name in mask.words:
-        assert identical(optimizer.state[ours[name]]["mask_words"], mask.words[name])
+        state = state_in_full(ours[name], optimizer.state[ours[name]])
+        assert identical(state["mask_words"], mask.words[name])
 
 
-def test_moments_outside_the_child_are_cleared() -> None:
+@pytest.mark.parametrize("child_state", ["compact", "dense"])
+def test_moments_outside_the_child_are_cleared(child_state: str) -> None:
     parameters, adamw = trained_adamw()
     ours = copied(parameters)
     mask = toy_mask(ours, dense=["scale"])
-    optimizer = FusedChildAdamW(ours.items(), child_mask=mask)
+    optimizer = FusedChildAdamW(ours.items(), child_mask=mask, child_state=child_state)
     optimizer.load_state_dict(adamw.state_dict())
     for name, parameter in ours.items():
         for moment in ("exp_avg", "exp_avg_sq"):
             theirs = adamw.state[parameters[name]][moment]
             child = mask.dense(name) if name in mask.words else torch.ones_like(theirs) > 0
-            assert identical(optimizer.state[parameter][moment], torch.where(child, theirs, 0.0))
-    assert bool(optimizer.state[ours["layer.weight"]]["exp_avg"].any())
+            state = state_in_full(parameter, optimizer.state[parameter])
+            assert identical(state[moment], torch.where(child, theirs, 0.0))
+    assert bool(
+        state_in_full(ours["layer.weight"], optimizer.state[ours["layer.weight"]])["exp_avg"].any()
+    )
 
 
 def test_the_state_of_adamw_is_only_read() -> None:

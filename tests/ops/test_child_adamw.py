@@ -13,6 +13,7 @@ from childtune_kernels import ChildMask, FusedChildAdamW
 
 from ..cases import (
     CASES,
+    COMPACT,
     SEED,
     Arrangement,
     Case,
@@ -31,6 +32,7 @@ EVERY_MASK = [
     Case("fp32_everything", reserve_p=0.3, fixed_mask=True, freeze_non_child=False),
     Case("bf16_everything", torch.bfloat16, reserve_p=0.3, fixed_mask=True, freeze_non_child=False),
     Case("fp64_bernoulli", torch.float64, reserve_p=0.3, convention="original"),
+    Case("fp32_compact", reserve_p=0.3, fixed_mask=True, child_state="compact"),
 ]
 
 
@@ -43,6 +45,12 @@ def check_column(case: Case, column: str) -> None:
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_column_equals_reference(case: Case, column: str) -> None:
     assert_same_bits(run(case, column), reference_outcome(case))
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("case", COMPACT, ids=str)
+def test_compact_state_equals_dense_state(case: Case) -> None:
+    assert_same_bits(reference_outcome(case), reference_outcome(case.in_dense_state))
 
 
 @pytest.mark.usefixtures("one_thread")

@@ -26,12 +26,14 @@ from ..cases import (
     raw_bits,
     run,
 )
+from ..child_states import state_in_full
 from . import transcription
 from .transcription import Element, Options, adamw_step, keep_bits, key_of
 
 NAME = "layer.weight"
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 HALVES = [torch.bfloat16, torch.float16]
+CHILD_STATES = ["dense", "compact"]
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -42,7 +44,8 @@ def half_child(numel: int) -> Tensor:
 
 
 def made(start: Tensor, backend: str, **options: Any) -> tuple[Tensor, FusedChildAdamW]:
-    """A parameter at ``start`` (a copy) and its optimizer."""
+    """A parameter at ``start`` (a copy) and its optimizer, with dense state if nothing else is said."""
+    options.setdefault("child_state", "dense")
     parameter = torch.nn.Parameter(start.clone())
     child = options.pop("child", None)
     mask = None if child is None else ChildMask.from_dense({NAME: child})
@@ -76,10 +79,12 @@ def check_transcription(backend: str) -> None:
     """Each operation of eq. 6 to 11 rounds once, in SPEC.md's order, on usual and special values."""
     numel = 203
     child = half_child(numel)
-    for (index, options), dtype in itertools.product(
-        enumerate(_SETTINGS), (torch.float32, torch.float64)
+    for child_state, (index, options), dtype in itertools.product(
+        CHILD_STATES, enumerate(_SETTINGS), (torch.float32, torch.float64)
     ):
         masked = options.reserve_p < 1
+        if not masked and child_state == "compact":
+            continue
         start = _start_with_specials(numel, dtype, "transcription")
         parameter, optimizer = made(
             start,
@@ -93,8 +98,8 @@ def check_transcription(backend: str) -> None:
             correct_bias=options.correct_bias,
             maximize=options.maximize,
             child=child if masked else None,
+            child_state=child_state,
         )
-        state = optimizer.state[parameter]
         zeros = np.zeros_like(start.numpy())
         element = Element(start.numpy().copy(), zeros, zeros)
         inside = child.numpy() if masked else True
@@ -111,6 +116,7 @@ def check_transcription(backend: str) -> None:
                   for name in ("weight", "exp_avg", "exp_avg_sq"))
             )  # fmt: skip
         expected = {name: torch.from_numpy(array) for name, array in vars(element).items()}
+        state = state_in_full(parameter, optimizer.state[parameter])
         found = {"weight": parameter, **{name: state[name] for name in ("exp_avg", "exp_avg_sq")}}
         assert_same_bits(found, expected)
         assert expected["weight"].isfinite().sum() > numel // 4, index
@@ -136,6 +142,8 @@ _MASKED = [
     Case("both", reserve_p=0.3, fixed_mask=True, freeze_non_child=False),
     Case("both_bf16", torch.bfloat16, reserve_p=0.3, fixed_mask=True),
     Case("original_fp64", torch.float64, reserve_p=0.3, fixed_mask=True, convention="original"),
+    Case("compact", fixed_mask=True, child_state="compact"),
+    Case("compact_both", torch.bfloat16, reserve_p=0.3, fixed_mask=True, child_state="compact"),
 ]
 
 
@@ -174,18 +182,20 @@ def check_frozen_weights(backend: str) -> None:
     """Outside the child every bit of weight, master and moments stays, over steps with much decay."""
     numel = 5003
     child = half_child(numel)
-    for dtype, reserve_p in itertools.product(DTYPES, (1.0, 0.5)):
+    for child_state, dtype, reserve_p in itertools.product(CHILD_STATES, DTYPES, (1.0, 0.5)):
         start = _with_payloads(dtype, numel)
         parameter, optimizer = made(
-            start, backend, lr=0.05, weight_decay=2.0, reserve_p=reserve_p, child=child
-        )
-        state = optimizer.state[parameter]
+            start, backend, lr=0.05, weight_decay=2.0, reserve_p=reserve_p, child=child,
+            child_state=child_state,
+        )  # fmt: skip
+        state = state_in_full(parameter, optimizer.state[parameter])
         master = raw_bits(state["master_weight"]).clone() if dtype in HALVES else None
         for step in range(20):
             parameter.grad = random_values((numel,), dtype, "frozen", step)
             parameter.grad[~child] = torch.nan
             optimizer.step()
         assert torch.equal(raw_bits(parameter)[~child], raw_bits(start)[~child])
+        state = state_in_full(parameter, optimizer.state[parameter])
         for name in ("exp_avg", "exp_avg_sq"):
             assert not raw_bits(state[name])[~child].any()
         if master is not None:
@@ -202,11 +212,13 @@ def check_decay_outside_the_child(backend: str) -> None:
     """With freeze_non_child=False eq. 9 reaches the weights outside the child, and nothing else does."""
     numel = 5003
     child = half_child(numel)
-    for convention, reserve_p in itertools.product(("torch", "original"), (1.0, 0.5)):
+    for child_state, convention, reserve_p in itertools.product(
+        CHILD_STATES, ("torch", "original"), (1.0, 0.5)
+    ):
         start = random_values((numel,), torch.float32, "decay outside")
         parameter, optimizer = made(
             start, backend, lr=0.05, weight_decay=0.1, reserve_p=reserve_p, child=child,
-            freeze_non_child=False, convention=convention,
+            freeze_non_child=False, convention=convention, child_state=child_state,
         )  # fmt: skip
         expected = start.clone()
         for step in range(5):
@@ -266,6 +278,7 @@ _MASTER_SETTINGS: list[dict[str, Any]] = [
     {},
     {"reserve_p": 0.3},
     {"child": half_child(3001)},
+    {"child": half_child(3001), "child_state": "compact"},
     {"child": half_child(3001), "freeze_non_child": False, "convention": "original"},
 ]
 
@@ -277,25 +290,25 @@ def check_master_is_an_fp32_copy(backend: str) -> None:
         options = {"lr": 1e-3, "weight_decay": 0.1, **settings}
         stored, optimizer = made(start, backend, **options)
         copy, copy_optimizer = made(start.float(), backend, **options)
-        master = optimizer.state[stored]["master_weight"]
+        child = settings.get("child", torch.ones(3001, dtype=torch.bool))
         for step in range(8):
             stored.grad = random_values((3001,), dtype, "master", step)
             copy.grad = stored.grad.float()
             optimizer.step()
             copy_optimizer.step()
             assert torch.equal(raw_bits(stored), raw_bits(copy.to(dtype))), step
+            master = state_in_full(stored, optimizer.state[stored])["master_weight"]
             assert torch.equal(raw_bits(master), raw_bits(copy)), step
             if step == 3:
-                _overwrite(stored, copy, settings.get("child"))
+                _overwrite(stored, copy, child)
         assert (master != stored.float()).float().mean() > 0.2
 
 
-def _overwrite(stored: Tensor, copy: Tensor, child: Tensor | None) -> None:
+def _overwrite(stored: Tensor, copy: Tensor, child: Tensor) -> None:
     """New values in every third place of the child; the same bits in the place after it."""
     places = torch.zeros(stored.shape, dtype=torch.bool)
     places[::3] = True
-    if child is not None:
-        places &= child
+    places &= child
     fresh = random_values(stored.shape, stored.dtype, "overwritten")
     # Weights that are written as they are keep the exact master.
     changed = places & (raw_bits(fresh) != raw_bits(stored))
@@ -312,12 +325,13 @@ def test_master_is_an_fp32_copy(backend: str) -> None:
 
 def check_without_master(backend: str) -> None:
     """With master_weight="none" every step begins at the rounded weight and rounds again."""
-    for dtype, settings in itertools.product(HALVES, _MASTER_SETTINGS):
+    dense = [settings for settings in _MASTER_SETTINGS if "child_state" not in settings]
+    for dtype, settings in itertools.product(HALVES, dense):
         start = random_values((3001,), dtype, "no master")
         options = {"lr": 1e-2, "weight_decay": 0.1, **settings}
         stored, optimizer = made(start, backend, master_weight="none", **options)
         copy, copy_optimizer = made(start.float(), backend, **options)
-        assert "master_weight" not in optimizer.state[stored]
+        assert not {"master_weight", "child_master_weight"} & optimizer.state[stored].keys()
         for step in range(5):
             stored.grad = random_values((3001,), dtype, "no master", step)
             copy.grad = stored.grad.float()

@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from childtune_kernels import ops, parameter_state, registry
+from childtune_kernels import ops, registry, state_tensors
 from childtune_kernels.labels import philox_key
 from childtune_kernels.plan_row import ROW_COLUMN, IndexMap, contiguous_map, strided_map
 from childtune_kernels.step_plan import Row, StepPlan
 
 from ..cases import SEED, assert_same_bits, generator_of, random_values
+from ..child_states import state_in_full
 
 View = Callable[[Tensor], Tensor]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -98,6 +99,7 @@ def stepped(
     dtype: torch.dtype,
     backend: str,
     offset: int = 0,
+    group: dict[str, Any] = GROUP,
 ) -> dict[str, Tensor]:
     """Steps on all shards in one plan; the whole weight and moments, put together again."""
     child = torch.rand(tuple(sizes), generator=generator_of("shards")) < 0.6
@@ -106,11 +108,11 @@ def stepped(
     for view, element_map in shards:
         parameter = torch.nn.Parameter(_in_memory(view(weight), offset))
         words = ops.pack_mask(view(child), backend="reference")
-        state = parameter_state.initial_state(parameter, words, "auto")
+        state = state_tensors.initial_state(LABEL, parameter, words, group)
         for name in state.keys() - {"step"}:
             state[name] = _in_memory(state[name], offset)
         rows.append(Row(LABEL, parameter, state, 0, philox_key(SEED, LABEL), element_map))
-    plan = StepPlan(rows, [GROUP], registry.choose("child_adamw", "cpu", backend))
+    plan = StepPlan(rows, [group], registry.choose("child_adamw", "cpu", backend))
     for step in range(STEPS):
         gradient = random_values(sizes, dtype, "shards", step)
         for row, (view, _) in zip(rows, shards, strict=True):
@@ -127,7 +129,8 @@ def _joined(
 ) -> dict[str, Tensor]:
     joined: dict[str, Tensor] = {}
     for row, (view, _) in zip(rows, shards, strict=True):
-        state = {name: tensor for name, tensor in row.state.items() if name != "mask_words"}
+        state = state_in_full(row.parameter, row.state)
+        state.pop("mask_words", None)
         for name, tensor in {"weight": row.parameter.detach(), **state}.items():
             if name == "step":
                 assert int(tensor) == STEPS
@@ -148,6 +151,22 @@ def test_shards_do_what_the_whole_does(partition: str, dtype: torch.dtype, colum
     shards = [(view, element_map_of(view, sizes)) for view in views]
     assert_same_bits(stepped(shards, sizes, dtype, column), expected)
     assert_same_bits(stepped(shards, sizes, dtype, "reference"), expected)
+
+
+@pytest.mark.usefixtures("one_thread")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("partition", PARTITIONS)
+def test_shards_in_compact_state_do_what_the_whole_does_in_dense_state(
+    partition: str, dtype: torch.dtype, column: str
+) -> None:
+    sizes, views = PARTITIONS[partition]
+    frozen = {**GROUP, "freeze_non_child": True}
+    whole: list[tuple[View, IndexMap]] = [(_everything, contiguous_map(torch.Size(sizes).numel()))]
+    expected = stepped(whole, sizes, dtype, "reference", group=frozen)
+    shards = [(view, element_map_of(view, sizes)) for view in views]
+    compact = {**frozen, "child_state": "compact"}
+    for offset in (0, 3):
+        assert_same_bits(stepped(shards, sizes, dtype, column, offset, compact), expected)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -183,7 +202,7 @@ def test_a_refused_gradient_leaves_no_row_behind() -> None:
     """After a refusal a parameter without a gradient is skipped; its old gradient's memory is gone."""
     parameter = torch.nn.Parameter(torch.ones(3, dtype=torch.bfloat16))
     parameter.grad_dtype = None
-    state = parameter_state.initial_state(parameter, None, "auto")
+    state = state_tensors.initial_state(LABEL, parameter, None, GROUP)
     row = Row(LABEL, parameter, state, 0, philox_key(SEED, LABEL), contiguous_map(3))
     plan = StepPlan([row], [GROUP], registry.choose("child_adamw", "cpu", "reference"))
     plan.refresh()

@@ -86,6 +86,10 @@ def _update(
     return weight, exp_avg, exp_avg_sq
 
 
+def _stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
+    return weight if weight.dtype == dtype else narrow(weight, dtype)
+
+
 def narrow(master: Tensor, dtype: torch.dtype) -> Tensor:
     """A weight rounded to its storage type; every bf16 NaN becomes 0x7FC0 (SPEC.md, "Types")."""
     narrowed = master.to(dtype)
@@ -100,31 +104,42 @@ def _current_weight(stored: Tensor, master: Tensor | None, compute: torch.dtype)
     return torch.where(same, master, stored.to(compute))
 
 
-def _step_row(row: Any) -> None:
-    parameter, numbers = row.parameter.detach(), row.numbers
-    row.step.add_(1)
-    step = int(row.step)
-    exp_avg, exp_avg_sq = row.exp_avg.view(-1), row.exp_avg_sq.view(-1)
-    compute, count, device = exp_avg.dtype, parameter.numel(), parameter.device
-    stored = parameter.reshape(-1)
-    grad = row.parameter.grad.detach().reshape(-1).to(compute)
-    master = None if row.master_weight is None else row.master_weight.view(-1)
-
-    scalars = adamw_scalars(numbers, step)
+def _masked_gradient(row: Any, step: int, scalars: Scalars, places: Tensor | None) -> Tensor:
+    """Eq. 8: the gradient of all elements, or of those at ``places``."""
+    numbers, parameter, compute = row.numbers, row.parameter, row.exp_avg.dtype
+    grad = row.parameter.grad.detach().reshape(-1)
+    grad = (grad if places is None else grad[places]).to(compute)
     grad = -grad if numbers.maximize else grad
     grad = grad * scalars.r if numbers.reserve_p != 1.0 else grad
     if numbers.threshold != KEEP_ALL:
+        count, device = parameter.numel(), parameter.device
         elements = mapped_indexes(count, row.element_map.base, row.element_map.levels, device)
+        elements = elements if places is None else elements[places]
         keep = keep_mask(elements, row.philox_key, step, numbers.threshold)
         grad = torch.where(keep, grad, torch.zeros_like(grad))
+    return grad
 
+
+def _step_row(row: Any) -> None:
+    row.step.add_(1)
+    step, numbers = int(row.step), row.numbers
+    scalars = adamw_scalars(numbers, step)
+    if row.compact:
+        _step_compact(row, step, scalars)
+        return
+    parameter = row.parameter.detach()
+    exp_avg, exp_avg_sq = row.exp_avg.view(-1), row.exp_avg_sq.view(-1)
+    compute = exp_avg.dtype
+    stored = parameter.reshape(-1)
+    master = None if row.master_weight is None else row.master_weight.view(-1)
+    grad = _masked_gradient(row, step, scalars, None)
     weight = _current_weight(stored, master, compute)
     updated, new_exp_avg, new_exp_avg_sq = _update(
         weight, grad, exp_avg, exp_avg_sq, scalars, numbers
     )
     written: Tensor | None = None
     if row.mask_words is not None:
-        child = unpack_mask(row.mask_words, count)
+        child = unpack_mask(row.mask_words, parameter.numel())
         outside = weight if numbers.freeze_non_child else _decayed(weight, scalars)
         updated = torch.where(child, updated, outside)
         new_exp_avg = torch.where(child, new_exp_avg, exp_avg)
@@ -134,7 +149,7 @@ def _step_row(row: Any) -> None:
         written = child if untouched else None
     exp_avg.copy_(new_exp_avg)
     exp_avg_sq.copy_(new_exp_avg_sq)
-    narrowed = narrow(updated, stored.dtype) if stored.dtype != compute else updated
+    narrowed = _stored(updated, stored.dtype)
     if written is not None:
         narrowed = torch.where(written, narrowed, stored)
         updated = updated if master is None else torch.where(written, updated, master)
@@ -143,12 +158,35 @@ def _step_row(row: Any) -> None:
     parameter.copy_(narrowed.view(parameter.shape))
 
 
+def _step_compact(row: Any, step: int, scalars: Scalars) -> None:
+    """The same for state that holds the child's elements alone."""
+    parameter, numbers, compute = row.parameter.detach(), row.numbers, row.exp_avg.dtype
+    places = unpack_mask(row.mask_words, parameter.numel()).nonzero().view(-1)
+    whole = parameter.reshape(-1).clone()
+    stored = whole[places]
+    grad = _masked_gradient(row, step, scalars, places)
+    weight = _current_weight(stored, row.master_weight, compute)
+    updated, exp_avg, exp_avg_sq = _update(
+        weight, grad, row.exp_avg, row.exp_avg_sq, scalars, numbers
+    )
+    row.exp_avg.copy_(exp_avg)
+    row.exp_avg_sq.copy_(exp_avg_sq)
+    if row.master_weight is not None:
+        row.master_weight.copy_(updated)
+    everything = whole.to(compute)
+    decayed = _decayed(everything, scalars)
+    if not numbers.freeze_non_child and decayed is not everything:
+        whole = _stored(decayed, whole.dtype)
+    whole[places] = _stored(updated, whole.dtype)
+    parameter.copy_(whole.view(parameter.shape))
+
+
 def child_adamw_(rows: Iterable[Any]) -> None:
     """Update every active row of a plan in place: weight, moments, master weight and step.
 
     A row offers ``active``, ``parameter`` (with its ``grad``), ``exp_avg``, ``exp_avg_sq``,
-    ``master_weight`` or None, ``mask_words`` or None, ``step``, ``philox_key``, ``element_map`` and
-    ``numbers`` (``GroupNumbers``); shapes and types are those of SPEC.md, section 5.
+    ``master_weight`` or None, ``mask_words`` or None, ``compact``, ``step``, ``philox_key``,
+    ``element_map`` and ``numbers`` (``GroupNumbers``); shapes and types are those of SPEC.md, section 5.
     """
     for row in rows:
         if row.active:

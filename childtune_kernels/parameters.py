@@ -1,4 +1,4 @@
-"""What a parameter brings to the optimizer: its label, its mask words, its first state."""
+"""What an optimizer is given: parameters with their labels, and the words of their masks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from . import ops
@@ -139,28 +138,3 @@ def mask_words(
 
 def _shortened(names: Sequence[str]) -> str:
     return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-
-
-def initial_state(parameter: Tensor, words: Tensor | None, master_weight: str) -> dict[str, Tensor]:
-    """Zero moments, step 0, and what masks and 16-bit weights need besides (SPEC.md, section 5)."""
-    device, compute = parameter.device, ops.compute_dtype(parameter.dtype)
-    state = {
-        "step": torch.zeros((), dtype=torch.int64, device=device),
-        "exp_avg": torch.zeros(parameter.shape, dtype=compute, device=device),
-        "exp_avg_sq": torch.zeros(parameter.shape, dtype=compute, device=device),
-    }
-    if has_master(parameter, master_weight):
-        state["master_weight"] = master_of(parameter)
-    if words is not None:
-        state["mask_words"] = words
-    return state
-
-
-def has_master(parameter: Tensor, master_weight: str) -> bool:
-    """Whether a parameter keeps an fp32 master under this ``master_weight`` option (eq. 12)."""
-    return master_weight != "none" and parameter.dtype in ops.HALF_TYPES
-
-
-def master_of(parameter: Tensor) -> Tensor:
-    """The fp32 master of a 16-bit weight, row-major."""
-    return parameter.detach().to(torch.float32, memory_format=torch.contiguous_format)

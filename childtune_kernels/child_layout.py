@@ -1,0 +1,158 @@
+"""Where the child's elements lie in compact state (SPEC.md, "Child layouts"): words, indices or runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .plan_row import INDICES_UNIT, WORDS_UNIT
+
+# Measured on Zen 4, 2 cores, 32M fp32, a step by each layout at the same density (docs/performance.md):
+# lists of indices beat words below about one element in eight, where they also need less memory; runs
+# beat both from a mean length of 32 on, as long as they need no more memory than words and ranks.
+_RUN_LENGTH = 32
+_ELEMENTS_A_RUN = 64
+_SPARSE = 1 / 8
+
+LAYOUT_KEYS = ("mask_words", "child_ranks", "child_indices", "child_runs")
+
+
+def is_compact(state: Mapping[str, Tensor]) -> bool:
+    """Whether a parameter's state holds the child's elements alone."""
+    return "child_exp_avg" in state
+
+
+def layout_of(state: Mapping[str, Tensor]) -> str:
+    """``"dense"`` or the name of the layout of a parameter's state."""
+    if not is_compact(state):
+        return "dense"
+    if "child_runs" in state:
+        return "runs"
+    return "indices" if "child_indices" in state else "words"
+
+
+def has_child(state: Mapping[str, Tensor]) -> bool:
+    """Whether a fixed mask stands in a parameter's state, in whatever layout."""
+    return any(name in state for name in LAYOUT_KEYS)
+
+
+def child_layout(words: Tensor, numel: int, layout: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a layout for mask words, by their names in the state.
+
+    Args:
+        words: int32 mask words.
+        numel: elements of the parameter.
+        layout: ``"words"``, ``"indices"`` or ``"runs"``; None takes what suits the child's density and
+            clustering.
+    """
+    child = ops.unpack_mask(words, (numel,))
+    before = torch.nn.functional.pad(child[:-1], (1, 0))
+    starts = (child & ~before).nonzero().view(-1)
+    count = int(child.sum())
+    layout = layout or _suitable(count, starts.numel(), numel)
+    if layout == "runs":
+        return {"child_runs": _runs(child, starts)}
+    if layout == "words":
+        return {"mask_words": words, "child_ranks": _ranks(child, WORDS_UNIT)}
+    within = child.nonzero().view(-1) % INDICES_UNIT
+    # 16 unsigned bits in a signed type, since torch cannot pickle uint16.
+    return {
+        "child_indices": (within - (within >= 1 << 15) * INDICES_UNIT).to(torch.int16),
+        "child_ranks": _ranks(child, INDICES_UNIT),
+    }
+
+
+def _suitable(count: int, runs: int, numel: int) -> str:
+    sparse = count < _SPARSE * numel
+    if count >= _RUN_LENGTH * runs and (sparse or numel >= _ELEMENTS_A_RUN * runs):
+        return "runs"
+    return "indices" if sparse else "words"
+
+
+def _ranks(child: Tensor, unit: int) -> Tensor:
+    """Child elements before every ``unit``-th element, and in all."""
+    whole = torch.nn.functional.pad(child, (0, -child.numel() % unit)).view(-1, unit)
+    return torch.nn.functional.pad(whole.sum(1).cumsum(0), (1, 0))
+
+
+def _runs(child: Tensor, starts: Tensor) -> Tensor:
+    after = torch.nn.functional.pad(child[1:], (0, 1))
+    ends = (child & ~after).nonzero().view(-1) + 1
+    ranks = torch.nn.functional.pad((ends - starts).cumsum(0), (1, 0))
+    return torch.stack([torch.cat([starts, starts.new_tensor([child.numel()])]), ranks], 1)
+
+
+def mask_words(state: Mapping[str, Tensor], numel: int) -> Tensor | None:
+    """The mask words of a parameter's state, from whatever layout it has; None without a fixed mask."""
+    if "mask_words" in state:
+        return state["mask_words"]
+    if not has_child(state):
+        return None
+    if "child_runs" in state:
+        starts, ranks = state["child_runs"].unbind(1)
+        change = torch.zeros(numel + 1, dtype=torch.int8, device=starts.device)
+        change[starts[:-1]] = 1
+        change[starts[:-1] + ranks.diff()] = -1
+        return ops.pack_mask(change[:-1].cumsum(0, dtype=torch.int8).bool())
+    ranks = state["child_ranks"]
+    unit = torch.arange(ranks.numel() - 1, device=ranks.device)
+    within = state["child_indices"].to(torch.int64) % INDICES_UNIT
+    child = torch.zeros(numel, dtype=torch.bool, device=ranks.device)
+    child[within + unit.repeat_interleave(ranks.diff()) * INDICES_UNIT] = True
+    return ops.pack_mask(child)
+
+
+def child_count(state: Mapping[str, Tensor]) -> int:
+    """The number of child elements of a parameter's state with a fixed mask."""
+    if is_compact(state):
+        return state["child_exp_avg"].numel()
+    return ops.count_mask(state["mask_words"])
+
+
+def gather_child(values: Tensor, words: Tensor) -> Tensor:
+    """The child's elements of a tensor, one after the other in row-major order."""
+    return values.reshape(-1)[ops.unpack_mask(words, (values.numel(),))]
+
+
+def scatter_child_(values: Tensor, child: Tensor, words: Tensor) -> Tensor:
+    """Put the child's elements in their places of a contiguous tensor; returns it."""
+    values.view(-1)[ops.unpack_mask(words, (values.numel(),))] = child
+    return values
+
+
+def check_layout(label: str, state: Mapping[str, Tensor], device: torch.device, numel: int) -> None:
+    """Refuse compact state whose layout is not written as the kernels read it.
+
+    Raises:
+        ValueError: tensors of other types, sizes or devices, or of another number of child elements.
+    """
+    layout = layout_of(state)
+    count = state["child_exp_avg"].numel()
+    expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
+    if layout == "words":
+        expected["mask_words"] = (torch.int32, ((numel + 31) // 32,))
+        expected["child_ranks"] = (torch.int64, (-(-numel // WORDS_UNIT) + 1,))
+    elif layout == "indices":
+        expected["child_indices"] = (torch.int16, (count,))
+        expected["child_ranks"] = (torch.int64, (-(-numel // INDICES_UNIT) + 1,))
+    else:
+        expected["child_runs"] = (torch.int64, (*state["child_runs"].shape[:1], 2))
+    found = {name: state[name] for name in LAYOUT_KEYS if name in state}
+    right = found.keys() == expected.keys() and all(
+        (tensor.dtype, tuple(tensor.shape)) == expected[name]
+        and tensor.device == device
+        and tensor.is_contiguous()
+        for name, tensor in found.items()
+    )
+    # Reading a number off another device would wait for it.
+    if right and device.type == "cpu":
+        ranks = found["child_runs"][:, 1] if layout == "runs" else found["child_ranks"]
+        right = ranks.numel() > 0 and int(ranks[-1]) == count
+    if not right:
+        raise ValueError(
+            f"the child of {label} is not written as layout {layout} has it ({', '.join(found)}); use "
+            "optimizer.set_child_mask or load_state_dict instead of writing into optimizer.state"
+        )

@@ -1,0 +1,236 @@
+"""The state of one parameter: made, checked, moved to another child, saved (SPEC.md, section 5)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import child_layout, ops
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+#: What has a value a weight, or with compact state a value a child element.
+ELEMENTWISE = (*MOMENTS, "master_weight")
+
+State = Mapping[str, Tensor]
+
+
+def key(name: str, compact: bool) -> str:
+    """The name of a moment or master weight in a state; AdamW must not take a compact one for its own."""
+    return f"child_{name}" if compact else name
+
+
+def has_master(parameter: Tensor, master_weight: str) -> bool:
+    """Whether a parameter keeps an fp32 master under this ``master_weight`` option (eq. 12)."""
+    return master_weight != "none" and parameter.dtype in ops.HALF_TYPES
+
+
+def master_of(parameter: Tensor) -> Tensor:
+    """The fp32 master of a 16-bit weight, row-major."""
+    return parameter.detach().to(torch.float32, memory_format=torch.contiguous_format)
+
+
+def _wants_compact(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter with a fixed mask gets compact state.
+
+    Masters of the child alone cannot take decay for the weights outside it: a 16-bit weight's decay is
+    lost in its rounding.
+    """
+    if group["child_state"] != "auto":
+        return bool(group["child_state"] == "compact")
+    return bool(group["freeze_non_child"]) or not has_master(parameter, group["master_weight"])
+
+
+def initial_state(
+    label: str, parameter: Tensor, words: Tensor | None, group: Mapping[str, Any]
+) -> dict[str, Tensor]:
+    """Zero moments, step 0, and what masks and 16-bit weights need besides.
+
+    Args:
+        words: mask words on the parameter's device, which the state may keep; None without a fixed mask.
+        group: the options of the parameter's group.
+
+    Raises:
+        ValueError: compact state that the other options do not allow.
+    """
+    device, compute = parameter.device, ops.compute_dtype(parameter.dtype)
+    state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
+    compact = words is not None and _wants_compact(parameter, group)
+    shape: Any = parameter.shape
+    if words is not None:
+        shape = (ops.count_mask(words),) if compact else shape
+    for name in MOMENTS:
+        state[key(name, compact)] = torch.zeros(shape, dtype=compute, device=device)
+    if has_master(parameter, group["master_weight"]):
+        master = master_of(parameter)
+        if words is not None and compact:
+            master = child_layout.gather_child(master, words)
+        state[key("master_weight", compact)] = master
+    if words is not None:
+        layout = child_layout.child_layout(words, parameter.numel()) if compact else {}
+        state |= layout or {"mask_words": words}
+    check_options(label, parameter, state, group)
+    return state
+
+
+def moved_state(
+    label: str,
+    parameter: Tensor,
+    state: State,
+    words: Tensor | None,
+    group: Mapping[str, Any],
+) -> dict[str, Tensor]:
+    """The state that continues ``state`` with another child or layout, in new tensors.
+
+    Moments and masters of elements that are in both children stay, and so does the step. Elements that
+    come new have zero moments, and masters made of the weight; so has the master of one that leaves.
+
+    Args:
+        state: a state of this parameter, compact or dense.
+        words: mask words of the new child; None where all of the parameter trains from now on.
+        group: the options of the parameter's group.
+
+    Raises:
+        ValueError: compact state that the other options do not allow.
+    """
+    moved = initial_state(label, parameter, words, group)
+    was_compact, compact = child_layout.is_compact(state), child_layout.is_compact(moved)
+    old_words = child_layout.mask_words(state, parameter.numel())
+    moved["step"].copy_(state["step"])
+    same = old_words is not None and words is not None and torch.equal(old_words, words)
+    for name in ELEMENTWISE:
+        source, target = key(name, was_compact), key(name, compact)
+        if source not in state or target not in moved:
+            continue
+        if same and was_compact and compact:
+            moved[target] = state[source].to(moved[target].dtype, copy=True)
+            continue
+        values = state[source]
+        if was_compact:
+            values = _spread_out(parameter, name, values, old_words)
+        if compact:
+            assert words is not None
+            moved[target].copy_(child_layout.gather_child(values, words))
+        elif words is None:
+            moved[target].copy_(values)
+        else:
+            child = ops.unpack_mask(words, parameter.shape)
+            if name == "master_weight":
+                before = torch.ones_like(child)
+                if old_words is not None:
+                    before = ops.unpack_mask(old_words, parameter.shape)
+                child = torch.ones_like(child) if same else child | ~before
+            moved[target].copy_(torch.where(child, values, moved[target]))
+    return moved
+
+
+def _spread_out(parameter: Tensor, name: str, values: Tensor, words: Tensor | None) -> Tensor:
+    """A whole tensor with the child's values; elsewhere moments are zero, masters made of the weight."""
+    assert words is not None
+    if name == "master_weight":
+        whole = master_of(parameter)
+    else:
+        whole = torch.zeros(parameter.shape, dtype=values.dtype, device=values.device)
+    return child_layout.scatter_child_(whole, values, words)
+
+
+def saved_state(parameter: Tensor, state: State) -> dict[str, Tensor]:
+    """A parameter's state as it stands in state dicts: with mask words, whatever the child's layout.
+
+    The live layout stands beside them, since torch.distributed.checkpoint reads flat state dicts by
+    the keys of the live state.
+    """
+    words = child_layout.mask_words(state, parameter.numel())
+    return dict(state) if words is None else {**state, "mask_words": words}
+
+
+def dense_moments(parameter: Tensor, state: State) -> dict[str, Tensor]:
+    """exp_avg and exp_avg_sq of a saved or live state in the parameter's shape."""
+    if not child_layout.is_compact(state):
+        return {name: state[name] for name in MOMENTS}
+    words = child_layout.mask_words(state, parameter.numel())
+    return {name: _spread_out(parameter, name, state[key(name, True)], words) for name in MOMENTS}
+
+
+def check_state(label: str, parameter: Tensor, state: State) -> None:
+    """Refuse state that does not fit its parameter.
+
+    Raises:
+        ValueError: a missing tensor, or one of another type, shape, device or layout.
+    """
+    for name, value in state.items():
+        if not isinstance(value, Tensor):
+            raise ValueError(f"state {name} of {label} must be a tensor, not {value!r}")
+    compact = child_layout.is_compact(state)
+    compute = ops.compute_dtype(parameter.dtype)
+    shape: Any = tuple(state["child_exp_avg"].shape[:1]) if compact else tuple(parameter.shape)
+    expected = dict.fromkeys(MOMENTS, compute) | {"master_weight": torch.float32}
+    for plain, dtype in expected.items():
+        name = key(plain, compact)
+        tensor = state.get(name)
+        if tensor is None and plain == "master_weight":
+            continue
+        if (
+            not isinstance(tensor, Tensor)
+            or tensor.dtype != dtype
+            or tensor.shape != shape
+            or tensor.device != parameter.device
+            or not tensor.is_contiguous()
+        ):
+            raise ValueError(
+                f"state {name} of {label} must be a contiguous {dtype} tensor of shape {shape} on "
+                f"{parameter.device}; load a state dict with load_state_dict instead of writing into "
+                "optimizer.state"
+            )
+    _check_step(label, parameter, state.get("step"))
+    if compact:
+        child_layout.check_layout(label, state, parameter.device, parameter.numel())
+    elif "mask_words" in state:
+        words = state["mask_words"]
+        ops.check_words(label, words, parameter.numel())
+        if words.device != parameter.device or not words.is_contiguous():
+            raise ValueError(f"mask of {label}: words must be contiguous, on {parameter.device}")
+
+
+def _check_step(label: str, parameter: Tensor, step: Tensor | None) -> None:
+    if (
+        not isinstance(step, Tensor)
+        or step.dtype != torch.int64
+        or step.dim() != 0
+        or step.device != parameter.device
+        or (step.device.type == "cpu" and int(step) < 0)
+    ):
+        raise ValueError(
+            f"state step of {label} must be an int64 tensor of no dimension on {parameter.device}, and "
+            "not negative"
+        )
+
+
+def check_options(label: str, parameter: Tensor, state: State, group: Mapping[str, Any]) -> None:
+    """Refuse options of a group that do not go with the state of one of its parameters.
+
+    Raises:
+        ValueError: masters or compact moments that the options do not have, or the reverse.
+    """
+    compact = child_layout.is_compact(state)
+    expected = has_master(parameter, group["master_weight"])
+    if expected != (key("master_weight", compact) in state):
+        raise ValueError(
+            f"state of {label} {'lacks a' if expected else 'has a'} master weight, which does not "
+            f"go with master_weight={group['master_weight']!r} and a weight of {parameter.dtype}; "
+            "build the optimizer anew and load its state dict"
+        )
+    wanted = group["child_state"]
+    if child_layout.has_child(state) and wanted != "auto" and compact != (wanted == "compact"):
+        raise ValueError(
+            f"state of {label} is {'compact' if compact else 'dense'}, which does not go with "
+            f"child_state={wanted!r}; call optimizer.set_child_mask after a change of child_state"
+        )
+    if compact and expected and not group["freeze_non_child"]:
+        raise ValueError(
+            f"freeze_non_child=False with compact state and a weight of {parameter.dtype} ({label}): "
+            "decay outside the child needs the master weights that compact state leaves out; use "
+            "child_state='dense'"
+        )
