@@ -175,5 +175,5 @@ class Workload:
         for name, parameter in self.named:
             state = optimizer.state[parameter]
             for key in ("exp_avg", "exp_avg_sq"):
-                if key in state:
+                if key in state:  # compact moments have other names and are an optimizer's own
                     state[key] = moments.setdefault((name, key), state[key])

@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable
 
 import torch
+from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
-from childtune_kernels import registry
+from childtune_kernels import ChildMask, FusedChildAdamW, registry
 
 from .cases import Case, Shapes, Workload
-from .variants import OPTIONS, Variant
+from .variants import OPTIONS, Variant, random_child_mask
 
 _STEPS = 5
 # Weights are of size 1: rounding in fp32 costs 5e-7; a step that does nothing, or leaves decay out,
@@ -66,6 +67,15 @@ def _differs_from_reference(variant: Variant, shapes: Shapes, device: torch.devi
     return None
 
 
+def _dense_state(optimizer: Optimizer) -> dict[int, dict[str, Tensor]]:
+    """Moments in the shape of their parameters, by the number of the parameter."""
+    if isinstance(optimizer, FusedChildAdamW):
+        moments: dict[int, dict[str, Tensor]] = optimizer.to_adamw_state_dict()["state"]
+        return moments
+    state: dict[int, dict[str, Tensor]] = optimizer.state_dict()["state"]
+    return state
+
+
 def _keeps_wrongly(variant: Variant, shapes: Shapes, device: torch.device) -> str | None:
     """In one step without decay just the kept weights move, by lr each; a Bernoulli mask scales."""
     workload = Workload(shapes, device)
@@ -74,17 +84,25 @@ def _keeps_wrongly(variant: Variant, shapes: Shapes, device: torch.device) -> st
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     optimizer.step()
+    child = moved_child = None
+    if variant.mask == "fixed":
+        child = random_child_mask(workload.named, variant.kept, variant.run)
+        moved_child = ChildMask.from_dense(
+            {name: p != start for (name, p), start in zip(workload.named, before, strict=True)}
+        )
     moved = total = 0
     scale = (1 - OPTIONS["betas"][0]) / (variant.kept if variant.mask == "bernoulli" else 1.0)
-    for (name, parameter), start in zip(workload.named, before, strict=True):
+    state = _dense_state(optimizer)
+    for index, ((name, parameter), start) in enumerate(zip(workload.named, before, strict=True)):
         kept = parameter != start
         moved += int(kept.sum())
         total += parameter.numel()
-        exp_avg = optimizer.state[parameter].get("exp_avg")
-        if exp_avg is not None:
-            assert parameter.grad is not None
-            if not torch.allclose(exp_avg, parameter.grad * kept * scale, rtol=1e-5, atol=0):
-                return f"exp_avg of {name} is not the masked gradient after one step"
+        assert parameter.grad is not None
+        expected = parameter.grad * kept * scale
+        if not torch.allclose(state[index]["exp_avg"], expected, rtol=1e-5, atol=0):
+            return f"exp_avg of {name} is not the masked gradient after one step"
+    if variant.mask == "fixed":
+        return None if moved_child == child else "the weights that moved are not the child"
     # Six deviations; lr is far above the weights' rounding, so that every kept weight is seen to move.
     margin = 6 * math.sqrt(variant.kept * (1 - variant.kept) / total)
     if abs(moved / total - variant.kept) > margin:

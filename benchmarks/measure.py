@@ -50,12 +50,13 @@ def measure(case: Case, device: torch.device, rounds: int | None, say: Say) -> d
     found = check(case, device, say)
     right = [variant for variant in variants_of(case) if found[variant.name].fault is None]
     if right:
-        seconds = time_steps(case, right, device, rounds or case.rounds, say)
+        seconds, state_bytes = time_steps(case, right, device, rounds or case.rounds, say)
         say(f"{case.name}: memory of a step, in a process of its own")
         peaks = peaks_of(case, device)
         for variant in right:
             times = tuple(seconds[variant.name].values())
             record = record_of(case, variant, seconds, peaks[variant.name], device)
+            record["state_bytes_per_parameter"] = state_bytes[variant.name] / case.parameters
             found[variant.name] = Measured(None, times, record)
     say(f"{case.name}: done in {time.monotonic() - start:.0f} s")
     return found
@@ -63,14 +64,16 @@ def measure(case: Case, device: torch.device, rounds: int | None, say: Say) -> d
 
 def time_steps(
     case: Case, variants: list[Variant], device: torch.device, rounds: int, say: Say
-) -> dict[str, Seconds]:
-    """Seconds of every variant and of a copy, interleaved."""
+) -> tuple[dict[str, Seconds], dict[str, int]]:
+    """Seconds of every variant and of a copy, interleaved, and the bytes of each variant's state."""
     say(f"{case.name}: preparing {case.parameters:,} parameters")
     workload = Workload(case.shapes(), device)
     contenders = {_COPY: Contender(copy_of(case, device))}
+    state_bytes = {}
     for variant in variants:
         optimizer = variant.build(workload.named)
         workload.share_moments(optimizer)
+        state_bytes[variant.name] = _state_bytes(optimizer)
         contenders[variant.name] = Contender(optimizer.step, variant.slow)
     say(f"{case.name}: timing {rounds} rounds")
     begun = last = time.monotonic()
@@ -82,7 +85,17 @@ def time_steps(
             last = now
             say(f"{case.name}: round {done} of {rounds} after {now - begun:.0f} s")
 
-    return interleave(contenders, rounds, device, show_progress)
+    return interleave(contenders, rounds, device, show_progress), state_bytes
+
+
+def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of all tensors in an optimizer's state, counted alike for every optimizer."""
+    return sum(
+        value.nbytes
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor)
+    )
 
 
 def copy_of(case: Case, device: torch.device) -> Callable[[], object]:

@@ -108,6 +108,7 @@ def _columns(case: Case, variant: Variant, record: dict[str, Any]) -> Iterator[t
     yield "unfused / time", _with_quartiles(record, "speedup_over_unfused")
     if case.grouped:
         yield "time / one group", _with_quartiles(record, "ratio_to_one_group")
+    yield "state bytes a parameter", f"{record['state_bytes_per_parameter']:.3g}"
     yield "extra memory", _size(record["peak_total_bytes"])
     yield "rounds", str(record["rounds"])
 

@@ -8,7 +8,16 @@ from typing import Any
 
 from .cases import BERT_BASE, BERT_LARGE, LARGE_TENSOR, SMALL_TENSORS
 from .rounds import MINIMAL_ROUNDS
-from .variants import CT_D, CT_D_SPARSE, CT_F, PLAIN, Variant
+from .variants import (
+    CT_D,
+    CT_D_RUNS,
+    CT_D_SPARSE,
+    CT_D_SPARSEST,
+    CT_D_VARIANTS,
+    CT_F,
+    PLAIN,
+    Variant,
+)
 
 _MIB = 2**20
 
@@ -56,6 +65,15 @@ CPU_TARGETS = (
     Target(_BASE, CT_F.name, "ratio_to_fused", 1.10),
     Target(_LARGE, CT_F.name, "speedup_over_unfused", 25, at_least=True),
     Target(_BASE, CT_F.name, "speedup_over_unfused", 25, at_least=True),
+    Target(_LARGE, CT_D.name, "ratio_to_fused", 0.80),
+    Target(_LARGE, CT_D_SPARSE.name, "ratio_to_fused", 0.62),
+    Target(_LARGE, CT_D_SPARSEST.name, "ratio_to_fused", 0.32),
+    Target(_LARGE, CT_D_RUNS.name, "ratio_to_fused", 0.22),
+    Target(_LARGE, CT_D.name, "state_bytes_per_parameter", 8 * CT_D.kept + 0.26),
+    *(
+        Target(_LARGE, variant.name, "state_bytes_per_parameter", 10 * variant.kept + 0.01)
+        for variant in (CT_D_SPARSE, CT_D_SPARSEST, CT_D_RUNS)
+    ),
     Target(_SMALL, PLAIN.name, "ratio_to_fused", 0.40),
     Target(_SMALL, CT_F.name, "ratio_to_fused", 0.40),
     Target(_SMALL, _grouped(PLAIN), "ratio_to_one_group", 1.5),
@@ -63,7 +81,7 @@ CPU_TARGETS = (
     *(
         Target(case.name, variant.name, "peak_total_bytes", _MIB)
         for case in (LARGE_TENSOR, BERT_BASE, BERT_LARGE, SMALL_TENSORS)
-        for variant in (PLAIN, CT_F, CT_D_SPARSE, CT_D)
+        for variant in (PLAIN, CT_F, *CT_D_VARIANTS)
     ),
 )
 TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS}
@@ -98,6 +116,7 @@ _TITLES = {
     "speedup_over_unfused": "unfused / time",
     "ratio_to_one_group": "time / one group",
     "peak_total_bytes": "extra memory",
+    "state_bytes_per_parameter": "bytes a parameter",
 }
 
 
@@ -108,6 +127,8 @@ def title(measure: str) -> str:
 
 def figure(measure: str, value: float) -> str:
     """A figure as a person reads it."""
+    if measure == "state_bytes_per_parameter":
+        return f"{value:.3f}"
     if measure.endswith("bytes"):
         return f"{value / _MIB:.2f} MiB"
     return f"{value:.3g} ×" if value >= 10 else f"{value:.2f} ×"

@@ -31,8 +31,8 @@ class Variant:
     """An optimizer with its options.
 
     ``kept`` is the share of gradient elements that reach the update, drawn anew at every step
-    (``mask`` "bernoulli") or once for all ("fixed"). ``slow``: takes part in few rounds. ``grouped``:
-    every tensor is a parameter group of its own.
+    (``mask`` "bernoulli") or once for all ("fixed"; in runs of ``run`` elements). ``slow``: takes part in
+    few rounds. ``grouped``: every tensor is a parameter group of its own.
     """
 
     name: str
@@ -41,6 +41,7 @@ class Variant:
     options: tuple[tuple[str, Any], ...] = ()
     mask: Literal["none", "bernoulli", "fixed"] = "none"
     kept: float = 1.0
+    run: int = 1
     slow: bool = False
     grouped: bool = False
 
@@ -55,7 +56,7 @@ class Variant:
         if self.family == "unfused":
             return UnfusedChildTuning(parameters, reserve_p=self.kept, **options)
         if self.mask == "fixed":
-            options["child_mask"] = random_child_mask(named, self.kept)
+            options["child_mask"] = random_child_mask(named, self.kept, self.run)
         elif self.mask == "bernoulli":
             options["reserve_p"] = self.kept
         return FusedChildAdamW(parameters, seed=0, backend=backend, **options)
@@ -70,14 +71,15 @@ class Variant:
         )
 
 
-def random_child_mask(named: NamedParameters, density: float) -> ChildMask:
-    """A child network of weights chosen at random, scattered as a selection by Fisher scatters them."""
+def random_child_mask(named: NamedParameters, density: float, run: int = 1) -> ChildMask:
+    """A child network chosen at random: single weights, or runs as a coarser granularity selects them."""
     device = named[0][1].device
     generator = torch.Generator(device).manual_seed(1)
-    masks = {
-        name: torch.rand(parameter.shape, generator=generator, device=device) < density
-        for name, parameter in named
-    }
+    masks = {}
+    for name, parameter in named:
+        runs = -(-parameter.numel() // run)
+        chosen = torch.rand(runs, generator=generator, device=device) < density
+        masks[name] = chosen.repeat_interleave(run)[: parameter.numel()].view(parameter.shape)
     return ChildMask.from_dense(masks)
 
 
@@ -100,8 +102,19 @@ UNFUSED_DIRECT = replace(
 )
 PLAIN = Variant("plain", "FusedChildAdamW, plain", "childtune")
 CT_F = Variant("ct_f_0.3", "CT_F, p = 0.3", "childtune", mask="bernoulli", kept=0.3)
-CT_D_SPARSE = Variant("ct_d_0.1", "CT_D, 10 % child", "childtune", mask="fixed", kept=0.1)
 CT_D = Variant("ct_d_0.3", "CT_D, 30 % child", "childtune", mask="fixed", kept=0.3)
+CT_D_SPARSE = replace(CT_D, name="ct_d_0.1", title="CT_D, 10 % child", kept=0.1)
+CT_D_SPARSEST = replace(CT_D, name="ct_d_0.02", title="CT_D, 2 % child", kept=0.02)
+CT_D_RUNS = replace(
+    CT_D_SPARSE, name="ct_d_0.1_runs", title="CT_D, 10 % child in runs of 256", run=256
+)
+CT_D_DENSE = replace(
+    CT_D,
+    name="ct_d_0.3_dense",
+    title="CT_D, 30 % child, dense state",
+    options=(("child_state", "dense"),),
+)
+CT_D_VARIANTS = (CT_D, CT_D_SPARSE, CT_D_SPARSEST, CT_D_RUNS, CT_D_DENSE)
 
 VARIANTS = (
     TORCH_FUSED,
@@ -110,8 +123,7 @@ VARIANTS = (
     UNFUSED_DIRECT,
     PLAIN,
     CT_F,
-    CT_D_SPARSE,
-    CT_D,
+    *CT_D_VARIANTS,
 )
 GROUPED_VARIANTS = tuple(variant.with_group_each() for variant in (TORCH_FUSED, PLAIN, CT_F))
 

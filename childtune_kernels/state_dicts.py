@@ -165,12 +165,13 @@ def _restored_state(
     words = _saved_words(label, parameter, saved) if own else current_words
     if words is not None:
         words = words.to(parameter.device, copy=True)
-    if own:
-        _warn_of_other_mask(label, words, current_words)
     if not own and not saved:
         return state_tensors.initial_state(label, parameter, words, group)
     read = _read_state(label, parameter, saved)
-    return state_tensors.moved_state(label, parameter, read, words, group)
+    restored_state = state_tensors.moved_state(label, parameter, read, words, group)
+    if own:
+        _warn_of_other_mask(label, words, current_words)
+    return restored_state
 
 
 def _read_state(label: str, parameter: Tensor, saved: State) -> dict[str, Tensor]:
