@@ -33,8 +33,27 @@ uint16_t random_half() {
   return uint16_t(random_state >> 20) & 0xBBFFu;
 }
 
+// The child of mask words in each layout (SPEC.md, "Child layouts").
+struct Child {
+  std::vector<int64_t> ranks{0};
+  std::vector<uint16_t> places;
+  std::vector<ChildRun> runs;
+
+  Child(const std::vector<uint32_t>& words, int64_t numel) {
+    int64_t rank = 0;
+    for (int64_t at = 0; at < numel; ++at) {
+      if (!(words[at / 32] >> (at % 32) & 1)) continue;
+      if (places.empty() || at == 0 || !(words[(at - 1) / 32] >> ((at - 1) % 32) & 1)) runs.push_back({at, rank});
+      places.push_back(uint16_t(at));
+      ++rank;
+    }
+    ranks.push_back(rank);
+    runs.push_back({numel, rank});
+  }
+};
+
 template <class Real>
-void step(const Kernels& kernels, int64_t dtype, int64_t grad_dtype, size_t weight_bytes, size_t grad_bytes,
+void step(const Kernels& kernels, int64_t layout, int64_t dtype, int64_t grad_dtype, size_t weight_bytes, size_t grad_bytes,
           double reserve_p, bool master, bool original) {
   const int64_t numel = 1003;
   std::vector<unsigned char> weight(numel * weight_bytes), grad(numel * grad_bytes);
@@ -64,7 +83,11 @@ void step(const Kernels& kernels, int64_t dtype, int64_t grad_dtype, size_t weig
   row.storage_map.base = 0;
   const PlanGroup group = {1e-2, 0.9,  0.999, 1e-8, 0.1, reserve_p, double(uint64_t(reserve_p * 4294967296.0)),
                            0,    original ? 1.0 : 0.0, 1,    0};
-  for (steps = 1; steps <= 4; ++steps) kernels.child_adamw_row(row, group, 0, (numel + 63) / 64);
+  const Child child(words, numel);
+  row.child_layout = layout, row.child_count = int64_t(child.places.size());
+  row.run_count = int64_t(child.runs.size()) - 1, row.child_ranks = int64_t(child.ranks.data());
+  row.child_places = layout == kRuns ? int64_t(child.runs.data()) : int64_t(child.places.data());
+  for (steps = 1; steps <= 4; ++steps) kernels.child_adamw_row(row, group, 0, units_of(row));
   add(weight.data(), weight.size());
   add(exp_avg.data(), exp_avg.size() * sizeof(Real));
   add(exp_avg_sq.data(), exp_avg_sq.size() * sizeof(Real));
@@ -76,15 +99,17 @@ void step(const Kernels& kernels, int64_t dtype, int64_t grad_dtype, size_t weig
 int main(int, char** arguments) {
   const Kernels* const kernels = kernels_of(std::atoi(arguments[1]));
   if (kernels == nullptr) return 1;
-  for (double reserve_p : {1.0, 0.3}) {
-    for (bool original : {false, true}) {
-      step<float>(*kernels, kFloat32, kFloat32, 4, 4, reserve_p, false, original);
-      step<double>(*kernels, kFloat64, kFloat64, 8, 8, reserve_p, false, original);
-      for (int64_t half : {kBFloat16, kFloat16})
-        for (bool master : {false, true}) {
-          step<float>(*kernels, half, half, 2, 2, reserve_p, master, original);
-          step<float>(*kernels, half, kFloat32, 2, 4, reserve_p, master, original);
-        }
+  for (int64_t layout : {kDense, kWords, kIndices, kRuns}) {
+    for (double reserve_p : {1.0, 0.3}) {
+      for (bool original : {false, true}) {
+        step<float>(*kernels, layout, kFloat32, kFloat32, 4, 4, reserve_p, false, original);
+        step<double>(*kernels, layout, kFloat64, kFloat64, 8, 8, reserve_p, false, original);
+        for (int64_t half : {kBFloat16, kFloat16})
+          for (bool master : {false, true}) {
+            step<float>(*kernels, layout, half, half, 2, 2, reserve_p, master, original);
+            step<float>(*kernels, layout, half, kFloat32, 2, 4, reserve_p, master, original);
+          }
+      }
     }
   }
   const IndexMap column_shard = {(int64_t(1) << 35) + 5, {{3, 4000}, {5, 100}, {4, 20}, {11, 1}}};
