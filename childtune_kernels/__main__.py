@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import info
+from .commands import child, info
 
-COMMANDS = (info,)
+COMMANDS = (info, child)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
