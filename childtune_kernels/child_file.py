@@ -119,7 +119,7 @@ def load_child(path: str | os.PathLike[str]) -> ChildCheckpoint:
             )
     try:
         return _checkpoint(tensors, metadata)
-    except (KeyError, TypeError, ValueError, OverflowError, RecursionError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not a whole child checkpoint: {error}") from error
 
 
@@ -170,7 +170,9 @@ def _check(label: str, tensor: Tensor, dtype: torch.dtype, shape: torch.Size) ->
 
 
 def _sizes(sizes: Any) -> torch.Size:
-    if not isinstance(sizes, list) or not all(type(size) is int and size >= 0 for size in sizes):
+    if not isinstance(sizes, list) or not all(
+        type(size) is int and 0 <= size < 2**63 for size in sizes
+    ):
         raise ValueError(f"{sizes!r} is no shape")
     return torch.Size(sizes)
 

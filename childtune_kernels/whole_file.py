@@ -28,11 +28,14 @@ def save_whole(
         raise FileNotFoundError(f"{target.parent} is no directory; make it first")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
+        partial.touch()
+        permissions = partial.stat().st_mode  # of this process's files; safetensors gives 0600
         save_file(
             {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
             partial,
             dict(metadata),
         )
+        partial.chmod(permissions)
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
