@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import ops
 
-PART = 1 << 20  # elements in one part at most
+PART = 1 << 22  # elements in one part at most
 _PATTERNS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 

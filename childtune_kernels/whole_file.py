@@ -22,6 +22,7 @@ def save_whole(
 
     Raises:
         FileNotFoundError: the directory does not exist.
+        OSError: it cannot be written.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -37,6 +38,8 @@ def save_whole(
         )
         partial.chmod(permissions)
         os.replace(partial, target)
+    except SafetensorError as error:
+        raise OSError(f"{path} cannot be written: {error}") from error
     finally:
         partial.unlink(missing_ok=True)
 
@@ -59,6 +62,8 @@ def open_whole(
             version.
     """
     kind = format.rpartition(".")[2].replace("_", " ")
+    if os.path.isdir(path):
+        raise ValueError(f"{path} is a folder and no {kind}; name a file")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}
@@ -70,5 +75,5 @@ def open_whole(
                     f"reads version {version}: install a newer childtune_kernels"
                 )
             yield file
-    except (SafetensorError, RuntimeError, IsADirectoryError) as error:
+    except (SafetensorError, RuntimeError) as error:
         raise ValueError(f"{path} is not a whole {kind}: {error}") from error

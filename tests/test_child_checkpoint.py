@@ -229,6 +229,16 @@ def _overlapping(model: Model) -> nn.Module:
     return model
 
 
+def _sparse(model: Model) -> nn.Module:
+    model.norm.running_mean = torch.ones(16).to_sparse()
+    return model
+
+
+def _conjugate(model: Model) -> nn.Module:
+    model.norm.running_mean = torch.ones(16, dtype=torch.complex64).conj()
+    return model
+
+
 def _one_type_apart(model: Model) -> nn.Module:
     model.head.bfloat16()
     return model
@@ -242,6 +252,8 @@ WRONG_MODELS: dict[str, tuple[Callable[[Model], nn.Module], str]] = {
     "a buffer more": (_one_buffer_more, "not expected: scratch"),
     "another type": (_one_type_apart, r"head.weight is of torch.bfloat16, not torch.float32"),
     "on meta": (lambda model: model.to("meta"), "no memory of its own"),
+    "sparse": (_sparse, "norm.running_mean is not a dense tensor"),
+    "conjugate": (_conjugate, "norm.running_mean is a lazy conjugate"),
     "overlapping": (_overlapping, "elements of norm.running_mean share memory"),
 }
 
@@ -332,6 +344,16 @@ def test_a_mask_may_name_a_tied_weight_by_its_other_name(run: Run, path: Path) -
     mask = _with(_without(run.mask, "embedding.weight"), "output.weight", (40, 16))
     save_child(path, run.tuned, mask)
     assert "embedding.weight" in load_child(path).mask.words
+
+
+def test_weights_that_share_their_memory_are_tied(run: Run, path: Path) -> None:
+    models = [copy.deepcopy(run.base), copy.deepcopy(run.tuned)]
+    for model in models:
+        model.output.weight = nn.Parameter(model.embedding.weight.detach())
+    save_child(path, models[1], run.mask)
+    assert load_child(path).ties == {"embedding.weight": ["output.weight"]}
+    apply_child(models[0], path)
+    assert different(models[0], models[1]) == []
 
 
 def test_other_kinds_of_arguments_are_refused(run: Run, path: Path) -> None:

@@ -157,6 +157,17 @@ def test_diff_makes_a_checkpoint_that_applies(here: Path, run: Run) -> None:
     assert not (inner & ~run.mask.dense("inner.weight")).any()
 
 
+def test_a_checkpoint_of_files_does_not_fit_a_model_that_ties_more(here: Path, run: Run) -> None:
+    for name, model in (("base", run.base), ("tuned", run.tuned)):
+        weights = weights_of(model)
+        save_file({**weights, "output.weight": weights["embedding.weight"].clone()}, name, PT)
+    assert main(["child", "diff", "base", "tuned", "diff"]) == 0
+    with pytest.raises(
+        ValueError, match=r"embedding.weight is one tied weight, for which the other"
+    ):
+        apply_child(tuned_run(torch.bfloat16, steps=0).base, "diff")
+
+
 def test_diff_can_write_the_mask_alone(here: Path) -> None:
     arguments = ["base.safetensors", "tuned.safetensors", "mask"]
     assert main(["child", "diff", "--mask", *arguments]) == 0
@@ -279,7 +290,7 @@ def test_bad_input_is_an_exit_code_of_one(
         ("info", "foreign"): "foreign is no child checkpoint",
         ("info", "cut"): "cut is not a whole child checkpoint",
         ("info", "nowhere"): "nowhere",
-        ("info", "empty"): "error",
+        ("info", "empty"): "empty is a folder and no child checkpoint",
         ("apply", "base.safetensors", "foreign", "out"): "foreign is no child checkpoint",
         ("apply", "foreign", "child", "out"): "base: other weights than expected",
         ("apply", "text", "child", "out"): "text is no whole safetensors file",

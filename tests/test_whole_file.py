@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from childtune_kernels import whole_file
 from childtune_kernels.whole_file import open_whole, save_whole
 
 HEADER = {"format": "childtune_kernels.some_thing", "version": "3"}
@@ -51,3 +53,24 @@ def test_damage_found_inside_the_block_is_named(tmp_path: Path) -> None:
         open_whole(tmp_path / "f", HEADER["format"], "3") as file,
     ):
         file.get_tensor("another")
+
+
+def test_a_folder_is_no_file(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ValueError, match="is a folder and no some thing"),
+        open_whole(tmp_path, HEADER["format"], "3"),
+    ):
+        pytest.fail("it was opened")
+
+
+def test_a_disk_that_refuses_is_an_os_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: object, partial: Path, __: object) -> None:
+        partial.write_bytes(b"half")
+        raise SafetensorError("I/O error: no space left on device")
+
+    monkeypatch.setattr(whole_file, "save_file", refuse)
+    with pytest.raises(OSError, match=r"f cannot be written: .* no space left"):
+        save_whole({"t": torch.ones(1)}, tmp_path / "f", HEADER)
+    assert os.listdir(tmp_path) == []

@@ -55,7 +55,7 @@ def run(options: argparse.Namespace) -> int:
     """Run one action; returns 0, or 1 where input does not fit, with one line about it."""
     try:
         options.act(options)
-    except (ValueError, TypeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
