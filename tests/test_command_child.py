@@ -278,7 +278,7 @@ def test_bad_input_is_an_exit_code_of_one(
     content = Path("child").read_bytes()
     Path("cut").write_bytes(content[:-1])
     weights = weights_of(run.base)
-    for folder in ("escapes", "no map", "no index", "too much", "shard lost"):
+    for folder in ("escapes", "no map", "no index", "too much", "shard lost", "twice"):
         in_shards(folder, weights)
     weight_map = json.loads(Path("too much", INDEX).read_text())["weight_map"]
     _index("escapes", weight_map={"w": "../foreign"})
@@ -286,6 +286,9 @@ def test_bad_input_is_an_exit_code_of_one(
     Path("no index", INDEX).write_text("{")
     _index("too much", weight_map={**weight_map, "more": next(iter(weight_map.values()))})
     os.remove("shard lost/model-00002-of-00002.safetensors")
+    shards = [load_file(f"twice/model-0000{number}-of-00002.safetensors") for number in (1, 2)]
+    again = {name: weight + 1 for name, weight in shards[1].items()}
+    save_file({**shards[0], **again}, "twice/model-00001-of-00002.safetensors", PT)
     for arguments, message in {
         ("info", "foreign"): "foreign is no child checkpoint",
         ("info", "cut"): "cut is not a whole child checkpoint",
@@ -302,6 +305,7 @@ def test_bad_input_is_an_exit_code_of_one(
         ("apply", "no index", "child", "out"): "is no index of shards",
         ("apply", "too much", "child", "out"): "names other tensors than its files hold",
         ("apply", "shard lost", "child", "out"): "is no file",
+        ("apply", "twice", "child", "out"): "stands in another file too",
         ("diff", "foreign", "tuned.safetensors", "out"): "base: other weights than expected",
         ("diff", "base.safetensors", "base.safetensors", "out"): "no floating point weight differs",
     }.items():

@@ -127,6 +127,7 @@ def _apply(options: argparse.Namespace) -> None:
         label = source_of[label_of(name)]
         if checkpoint.role(label) == "base":
             return tensor
+        # The source is a map of its file; a copy is let go with its shard.
         tensor = tensor.clone(memory_format=torch.contiguous_format)
         write_tuned_(tensor, label, checkpoint)
         return tensor
