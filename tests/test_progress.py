@@ -1,0 +1,44 @@
+"""The progress bar of long work."""
+
+from __future__ import annotations
+
+import io
+import sys
+
+import pytest
+
+from childtune_kernels import progress
+from childtune_kernels.progress import progress_of_bytes
+
+
+class Terminal(io.StringIO):
+    """A standard error that somebody looks at."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def printed(error: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
+    """What work of 100 bytes prints."""
+    monkeypatch.setattr(sys, "stderr", error)
+    with progress_of_bytes("digest of nothing", 100) as advance:
+        advance(40)
+        advance(60)
+    return error.getvalue()
+
+
+def test_a_bar_appears_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("tqdm", reason="tqdm is an extra")
+    monkeypatch.setattr(progress, "PATIENCE", 0)
+    assert "digest of nothing" in printed(Terminal(), monkeypatch)
+    assert printed(io.StringIO(), monkeypatch) == ""
+
+
+def test_quick_work_needs_no_bar(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "digest" not in printed(Terminal(), monkeypatch)
+
+
+def test_without_tqdm_there_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress, "PATIENCE", 0)
+    monkeypatch.setitem(sys.modules, "tqdm", None)
+    assert printed(Terminal(), monkeypatch) == ""
