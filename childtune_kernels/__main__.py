@@ -1,94 +1,27 @@
-"""The command line: ``python -m childtune_kernels info``."""
+"""The command line: ``python -m childtune_kernels``; a module of ``commands`` a command."""
 
 from __future__ import annotations
 
 import argparse
-import json
-import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict
-from typing import Any
 
-import torch
+from .commands import info
 
-from . import __version__, registry
-from .backends import cpp
-from .self_check import self_check
-
-
-def _versions() -> dict[str, str]:
-    return {
-        "childtune_kernels": __version__,
-        "torch": torch.__version__,
-        "triton": _triton_version(),
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-    }
-
-
-def _triton_version() -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version("triton")
-    except PackageNotFoundError:
-        return "not installed"
-
-
-def _cpu() -> dict[str, Any]:
-    return {
-        "torch capability": torch.backends.cpu.get_cpu_capability(),
-        "extension offers": cpp.supported_capabilities() or cpp.load(),
-        "threads": torch.get_num_threads(),
-    }
-
-
-def _devices() -> list[str]:
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    return ["cpu"] if accelerator is None else ["cpu", accelerator.type]
-
-
-def _info(as_json: bool) -> int:
-    findings = [finding for device in _devices() for finding in self_check(device)]
-    sound = all(finding.equal for finding in findings)
-    if as_json:
-        report = {
-            "versions": _versions(),
-            "cpu": _cpu(),
-            "table": {
-                device: [asdict(c) for c in registry.survey(device)] for device in _devices()
-            },
-            "self_check": [asdict(finding) for finding in findings],
-            "sound": sound,
-        }
-        print(json.dumps(report, indent=2))
-        return 0 if sound else 1
-    for name, value in {**_versions(), **_cpu()}.items():
-        print(f"{name:<20}{value if isinstance(value, str | int) else ', '.join(value)}")
-    for device in _devices():
-        print(f"\n{device}\n{registry.explain(device)}")
-    print("\nself-check against the reference, bit for bit")
-    for finding in findings:
-        verdict = "equal" if finding.equal else "DIFFERS: please report this with the lines above"
-        print(f"{finding.backend:<12}{finding.setting:<24}{verdict}")
-    if not findings:
-        print("nothing to compare: only the reference is available")
-    return 0 if sound else 1
+COMMANDS = (info,)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 good, 1 a failed self-check, 2 bad usage)."""
+    """Run the command line; returns the exit code (0 good, 1 a failed check, 2 bad usage)."""
     parser = argparse.ArgumentParser(
         prog="python -m childtune_kernels", description="Fused kernels for Child-Tuning."
     )
-    commands = parser.add_subparsers(dest="command", required=True)
-    info = commands.add_parser(
-        "info", help="versions, CPU features, which backend serves which op and why, a self-check"
-    )
-    info.add_argument("--json", action="store_true", help="print one JSON object")
+    subparsers = parser.add_subparsers(dest="command", required=True)
+    for command in COMMANDS:
+        command.add_parser(subparsers)
     options = parser.parse_args(arguments)
-    return _info(options.json)
+    exit_code: int = options.run(options)
+    return exit_code
 
 
 if __name__ == "__main__":

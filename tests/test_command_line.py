@@ -12,6 +12,7 @@ import torch
 from childtune_kernels import __main__ as command_line
 from childtune_kernels import __version__, registry
 from childtune_kernels.backends import cpp
+from childtune_kernels.commands import info
 from childtune_kernels.self_check import Finding, self_check
 
 needs_extension = pytest.mark.skipif(cpp.load() is not None, reason=str(cpp.load()))
@@ -19,7 +20,7 @@ needs_extension = pytest.mark.skipif(cpp.load() is not None, reason=str(cpp.load
 
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(command_line, "_devices", lambda: ["cpu"])
+    monkeypatch.setattr(info, "_devices", lambda: ["cpu"])
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ def pretend(monkeypatch: pytest.MonkeyPatch, *findings: Finding) -> None:
     def pretended(_: object) -> Iterator[Finding]:
         yield from findings
 
-    monkeypatch.setattr(command_line, "self_check", pretended)
+    monkeypatch.setattr(info, "self_check", pretended)
 
 
 @needs_extension
