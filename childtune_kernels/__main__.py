@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import info
+from .commands import info, mask
 
-COMMANDS = (info,)
+COMMANDS = (info, mask)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

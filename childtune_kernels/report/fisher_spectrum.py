@@ -149,10 +149,10 @@ def fisher_spectrum(fisher: Mapping[str, Tensor], mask: ChildMask) -> FisherSpec
 def fisher_spectrum_table(found: FisherSpectrum) -> str:
     """Plain text: elements by decade of Fisher information, and what the child holds."""
     rows = [("Fisher", "elements", "% of all", "in the child", "% of row")]
+    for title, count, child in reversed(_decades(found)):
+        rows.append(_row(title, count, child, found.numel))
     if found.zeros:
         rows.append(_row("0", found.zeros, found.child_zeros, found.numel))
-    for lower, count, child in reversed(_decades(found)):
-        rows.append(_row(lower, count, child, found.numel))
     rows.append(_row("all", found.numel, found.child, found.numel))
     return "\n".join(["elements by decade of Fisher information", "", aligned(rows), "",
                       *sentences(found)])  # fmt: skip

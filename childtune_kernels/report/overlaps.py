@@ -61,8 +61,11 @@ def overlaps_table(found: Overlaps) -> str:
     """Plain text: the matrix in per cent, and what chance alone would give in each column."""
     rows = [["child", *found.names]]
     rows += [
-        [name, *map(percent, shares)] for name, shares in zip(found.names, found.shares, strict=True)
+        [name, *map(percent, shares)]
+        for name, shares in zip(found.names, found.shares, strict=True)
     ]
     rows.append(["by chance", *map(percent, found.densities)])
     note = "A random child shares its own density with any other, on average: the last row."
-    return f"share of the row's child that is in the column's too, in %\n\n{aligned(rows)}\n\n{note}"
+    return (
+        f"share of the row's child that is in the column's too, in %\n\n{aligned(rows)}\n\n{note}"
+    )
