@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from ..child_mask import ChildMask
-from ..report import plots
+from ..report import canvas
 from ..report.densities import Densities, Share, densities, densities_table
+from ..report.heat_maps import plot_densities, plot_overlaps
 from ..report.overlaps import overlaps, overlaps_table
 
 
@@ -48,7 +49,7 @@ def run(options: argparse.Namespace) -> int:
     """Print or draw; returns 0, 1 where a picture could not be drawn, 2 for files that do not serve."""
     try:
         if getattr(options, "out", None) is not None:
-            plots.check_available()
+            canvas.check_available()
         options.look(options)
     except (OSError, RuntimeError, ValueError) as error:
         print(f"python -m childtune_kernels mask {options.mask_command}: {error}", file=sys.stderr)
@@ -76,7 +77,7 @@ def _info(options: argparse.Namespace) -> None:
 
 def _plot(options: argparse.Namespace) -> None:
     mask = ChildMask.load(options.file)
-    plots.plot_densities(densities(mask), options.out, options.file.name)
+    plot_densities(densities(mask), options.out, options.file.name)
     print(f"wrote {options.out}")
 
 
@@ -85,7 +86,7 @@ def _overlap(options: argparse.Namespace) -> None:
     masks = {name: ChildMask.load(file) for name, file in zip(names, options.files, strict=True)}
     found = overlaps(masks)
     if options.out is not None:
-        plots.plot_overlaps(found, options.out)
+        plot_overlaps(found, options.out)
     if options.json:
         rows = dict(zip(names, found.shares, strict=True))
         report = {

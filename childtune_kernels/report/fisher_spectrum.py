@@ -160,17 +160,19 @@ def fisher_spectrum_table(found: FisherSpectrum) -> str:
 
 def sentences(found: FisherSpectrum) -> list[str]:
     """What the spectrum says of the child: its share of the information, and its threshold."""
+    if not found.mass:
+        return ["Every Fisher value is zero: there is no information that a child could hold."]
     said = [
         f"The child is {percent(found.density)} % of the elements and holds "
         f"{percent(found.mass_share)} % of the Fisher information."
     ]
     if found.threshold is None:
         return [*said, "The child is empty: it has no threshold."]
-    said.append(f"Threshold (smallest Fisher inside the child): {found.threshold:.3g}.")
+    said.append(f"Threshold (smallest Fisher inside the child): {found.threshold:.4g}.")
     if found.largest_outside is not None:
         top = found.largest_outside <= found.threshold
         verdict = "the child is the global top" if top else "the child is not the global top"
-        said.append(f"Largest Fisher outside the child: {found.largest_outside:.3g}; {verdict}.")
+        said.append(f"Largest Fisher outside the child: {found.largest_outside:.4g}; {verdict}.")
     return said
 
 
