@@ -20,19 +20,19 @@ from ..report.overlaps import overlaps, overlaps_table
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command ``mask`` with ``info``, ``plot`` and ``overlap`` to the command line."""
     parser = subparsers.add_parser("mask", help="look at saved child masks: tables and pictures")
-    commands = parser.add_subparsers(dest="mask_command", required=True)
+    commands = parser.add_subparsers(dest="action", required=True)
 
     info = commands.add_parser(
         "info", help="scope and density of a mask, by layer and kind of weight"
     )
     info.add_argument("file", type=Path, metavar="FILE", help="what ChildMask.save wrote")
     info.add_argument("--json", action="store_true", help="print one JSON object")
-    info.set_defaults(run=run, look=_info)
+    info.set_defaults(run=run, act=_info)
 
     plot = commands.add_parser("plot", help="draw a mask's density by layer and kind of weight")
     plot.add_argument("file", type=Path, metavar="FILE", help="what ChildMask.save wrote")
     plot.add_argument("--out", type=_png, required=True, metavar="PNG", help="where to draw")
-    plot.set_defaults(run=run, look=_plot)
+    plot.set_defaults(run=run, act=_plot)
 
     overlap = commands.add_parser(
         "overlap", help="how much of each child is in the others: |row ∩ column| / |row|"
@@ -42,18 +42,18 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     overlap.add_argument("--out", type=_png, metavar="PNG", help="draw the matrix too")
     overlap.add_argument("--json", action="store_true", help="print one JSON object")
-    overlap.set_defaults(run=run, look=_overlap)
+    overlap.set_defaults(run=run, act=_overlap)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Print or draw; returns 0, 1 where a picture could not be drawn, 2 for files that do not serve."""
+    """Run one action; returns 0, or 1 where input does not fit, with one line about it."""
     try:
         if getattr(options, "out", None) is not None:
             canvas.check_available()
-        options.look(options)
+        options.act(options)
     except (OSError, RuntimeError, ValueError) as error:
-        print(f"python -m childtune_kernels mask {options.mask_command}: {error}", file=sys.stderr)
-        return 1 if isinstance(error, RuntimeError) else 2
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

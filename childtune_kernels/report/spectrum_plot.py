@@ -43,9 +43,9 @@ def plot_fisher_spectrum(
     _draw_threshold(axes, found, zero)
     ticks = _decades(found)
     labels = [f"$10^{{{decade}}}$" for decade in ticks]
-    axes.set_xticks([zero, *ticks], ["0" if found.zeros else "", *labels])
-    if not found.zeros:
-        axes.set_xticks(ticks, labels)
+    if found.zeros:
+        ticks, labels = [zero, *ticks], ["0", *labels]
+    axes.set_xticks(ticks, labels)
     axes.set_ylabel("elements, % of the scope", fontsize=9, color=QUIET)
     axes.set_xlabel("Fisher information of an element, logarithmic", fontsize=9, color=QUIET)
     axes.grid(axis="y", color="#e4e7ec")
@@ -73,8 +73,8 @@ def _percent_of_scope(counts: tuple[int, ...], found: FisherSpectrum) -> list[fl
 def _height(found: FisherSpectrum) -> float:
     """The top of the axis in per cent: many zeros must not flatten the histogram beside them."""
     tallest = max(found.counts, default=0)
-    zeros = min(found.zeros, 2 * tallest) if tallest else found.zeros
-    return 108 * max(zeros, tallest) / found.numel
+    cut = 0 < tallest < found.zeros / 3
+    return 108 * (1.5 * tallest if cut else max(found.zeros, tallest)) / found.numel
 
 
 def _draw_zeros(axes: Any, found: FisherSpectrum, place: float, half: float) -> None:
@@ -82,8 +82,9 @@ def _draw_zeros(axes: Any, found: FisherSpectrum, place: float, half: float) -> 
     axes.bar([place], [share], 2 * half, color=_REST)
     axes.bar([place], [100 * found.child_zeros / found.numel], 2 * half, color=_CHILD)
     text = f"{percent(share / 100)} %" + (" (cut)" if share > top else "")
-    axes.annotate(text, (place, min(share, top)), xytext=(0, 2), textcoords="offset points",
-                  ha="center", fontsize=8, color=QUIET)  # fmt: skip
+    axes.annotate(text, (place, min(share, top)), xytext=(0, 3), textcoords="offset points",
+                  ha="center", fontsize=8, color=QUIET, zorder=5,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1.0})  # fmt: skip
 
 
 def _draw_threshold(axes: Any, found: FisherSpectrum, zero: float) -> None:
