@@ -108,15 +108,28 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[canvas.Canvas]:
     return written
 
 
+def ticks_past_the_ends(figure: Any) -> set[Any]:
+    """Labels of ticks that matplotlib keeps beyond an axis's ends and does not draw."""
+    beyond = set()
+    for axes in figure.axes:
+        for axis in (axes.xaxis, axes.yaxis):
+            low, high = sorted(axis.get_view_interval())
+            ticks = [*axis.get_major_ticks(), *axis.get_minor_ticks()]
+            beyond |= {tick.label1 for tick in ticks if not low <= tick.get_loc() <= high}
+    return beyond
+
+
 def texts_of(figure: Any) -> list[tuple[str, Any]]:
     """Every text that shows, and the box it takes."""
     from matplotlib.text import Text
 
-    renderer = figure.canvas.get_renderer()
-    shown = [
-        text for text in figure.findobj(Text) if text.get_visible() and text.get_text().strip()
+    renderer, beyond = figure.canvas.get_renderer(), ticks_past_the_ends(figure)
+    texts = [text for text in figure.findobj(Text) if text.get_visible() and text not in beyond]
+    return [
+        (text.get_text(), text.get_window_extent(renderer))
+        for text in texts
+        if text.get_text().strip()
     ]
-    return [(text.get_text(), text.get_window_extent(renderer)) for text in shown]
 
 
 def overlap(first: Any, second: Any) -> bool:

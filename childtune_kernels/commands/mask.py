@@ -58,7 +58,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _info(options: argparse.Namespace) -> None:
-    mask = ChildMask.load(options.file)
+    mask = _load(options.file)
     found = densities(mask)
     if options.json:
         print(json.dumps({"file": str(options.file), **_as_json(mask, found)}, indent=2))
@@ -76,14 +76,14 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
-    mask = ChildMask.load(options.file)
+    mask = _load(options.file)
     plot_densities(densities(mask), options.out, options.file.name)
     print(f"wrote {options.out}")
 
 
 def _overlap(options: argparse.Namespace) -> None:
     names = _names(options.files)
-    masks = {name: ChildMask.load(file) for name, file in zip(names, options.files, strict=True)}
+    masks = {name: _load(file) for name, file in zip(names, options.files, strict=True)}
     found = overlaps(masks)
     if options.out is not None:
         plot_overlaps(found, options.out)
@@ -98,6 +98,12 @@ def _overlap(options: argparse.Namespace) -> None:
     print(overlaps_table(found))
     if options.out is not None:
         print(f"\nwrote {options.out}")
+
+
+def _load(path: Path) -> ChildMask:
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder; name the file of a child mask")
+    return ChildMask.load(path)
 
 
 def _names(files: Sequence[Path]) -> list[str]:

@@ -85,7 +85,7 @@ class Canvas:
 
         across = max(margins.left + width + margins.right, _LEAST_WIDTH)
         down = margins.top + sum(heights) + gap * (len(heights) - 1) + margins.bottom
-        self.figure: Any = Figure(figsize=(across, down), facecolor="white")
+        self.figure: Any = Figure(figsize=(across, down), dpi=_DPI, facecolor="white")
         FigureCanvasAgg(self.figure)
         self.axes: list[Any] = []
         top = down - margins.top
@@ -125,5 +125,5 @@ class Canvas:
             raise FileNotFoundError(f"{target.parent} is no directory; make it first")
         # In memory first: a failure while drawing leaves no half-written picture.
         drawn = io.BytesIO()
-        self.figure.savefig(drawn, format="png", dpi=_DPI)
+        self.figure.savefig(drawn, format="png")
         target.write_bytes(drawn.getvalue())

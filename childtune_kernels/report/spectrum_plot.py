@@ -47,7 +47,7 @@ def plot_fisher_spectrum(
         ticks, labels = [zero, *ticks], ["0", *labels]
     axes.set_xticks(ticks, labels)
     axes.set_ylabel("elements, % of the scope", fontsize=9, color=QUIET)
-    axes.set_xlabel("Fisher information of an element, logarithmic", fontsize=9, color=QUIET)
+    axes.set_xlabel("Fisher information of an element, ten bars a decade", fontsize=9, color=QUIET)
     axes.grid(axis="y", color="#e4e7ec")
     axes.set_axisbelow(True)
     axes.tick_params(labelsize=8, length=3, color=QUIET)
