@@ -1,9 +1,20 @@
 """Fused kernels for Child-Tuning: AdamW that updates a child network in one pass over memory."""
 
 from ._version import __version__
+from .child_checkpoint import apply_child, child_diff, load_child, save_child
 from .child_mask import ChildMask
 from .group_options import lr_for
 from .optimizer import FusedChildAdamW
 from .registry import explain
 
-__all__ = ["ChildMask", "FusedChildAdamW", "__version__", "explain", "lr_for"]
+__all__ = [
+    "ChildMask",
+    "FusedChildAdamW",
+    "__version__",
+    "apply_child",
+    "child_diff",
+    "explain",
+    "load_child",
+    "lr_for",
+    "save_child",
+]

@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import info, mask
+from .commands import child, info, mask
 
-COMMANDS = (info, mask)
+COMMANDS = (info, child, mask)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
-from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from . import ops
 from .labels import label_of
+from .whole_file import open_whole, save_whole
 
 FORMAT = "childtune_kernels.child_mask"
 VERSION = "1"
@@ -183,21 +181,13 @@ class ChildMask:
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the mask as safetensors (SPEC.md, section 6); a file appears only when it is whole."""
-        target = Path(path)
-        if not target.parent.is_dir():
-            raise FileNotFoundError(f"{target.parent} is no directory; make it first")
         metadata = {
             "format": FORMAT,
             "version": VERSION,
             "shapes": json.dumps({label: list(shape) for label, shape in self.shapes.items()}),
             "dense": json.dumps(sorted(self.dense_names)),
         }
-        partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
-        try:
-            save_file({k: v.cpu().contiguous() for k, v in self.words.items()}, partial, metadata)
-            os.replace(partial, target)
-        finally:
-            partial.unlink(missing_ok=True)
+        save_whole(self.words, path, metadata)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], device: torch.device | str = "cpu") -> ChildMask:
@@ -207,17 +197,14 @@ class ChildMask:
             FileNotFoundError: there is no such file.
             ValueError: another kind of file, another version, or words that do not fit.
         """
-        try:
-            with safe_open(path, framework="pt", device=str(device)) as file:
-                shapes, dense = _read_header(path, file.metadata() or {})
-                if set(file.keys()) != set(shapes):
-                    raise ValueError(
-                        f"{path}: the child mask's header names other tensors than it holds"
-                    )
-                words = {label: file.get_tensor(label) for label in shapes}
+        with open_whole(path, FORMAT, VERSION, str(device)) as file:
+            shapes, dense = _read_header(path, file.metadata())
+            if set(file.keys()) != set(shapes):
+                raise ValueError(
+                    f"{path}: the child mask's header names other tensors than it holds"
+                )
+            words = {label: file.get_tensor(label) for label in shapes}
             return cls(words, shapes, dense)
-        except (SafetensorError, RuntimeError) as error:
-            raise ValueError(f"{path} is not a whole child mask: {error}") from error
 
     def __reduce__(self) -> tuple[Any, ...]:
         return ChildMask, (dict(self.words), dict(self.shapes), self.dense_names)
@@ -268,13 +255,6 @@ def _read_header(
     path: str | os.PathLike[str], metadata: Mapping[str, str]
 ) -> tuple[dict[str, list[int]], list[str]]:
     """The shapes and dense names in a file's metadata."""
-    if metadata.get("format") != FORMAT:
-        raise ValueError(f"{path} is no child mask; ChildMask.save writes them")
-    if metadata.get("version") != VERSION:
-        raise ValueError(
-            f"{path} is a child mask of version {metadata.get('version')}; this installation reads "
-            f"version {VERSION}: install a newer childtune_kernels"
-        )
     try:
         shapes, dense = json.loads(metadata["shapes"]), json.loads(metadata["dense"])
     except (KeyError, json.JSONDecodeError, RecursionError) as error:

@@ -19,13 +19,14 @@ PACKAGE = ROOT / "childtune_kernels"
 # A new module gets its place here first.
 FLOORS: list[set[str]] = [
     {"_version", "labels", "plan_row"},  # tables and names, no tensors' work
+    {"whole_file", "progress"},  # files that appear only when they are whole; progress bars
     {"backends"},  # the kernels: reference, cpp, ...
     {"registry", "group_options"},  # which kernel serves; what a group may say
     {"ops"},  # the contract of every op
-    {"child_mask", "step_plan", "summary"},  # masks; the tables of a step
-    {"parameter_state"},
-    {"state_dicts"},
-    {"optimizer"},
+    {"child_mask", "step_plan", "summary", "weight_bits"},  # masks; the tables of a step; bits
+    {"parameter_state", "named_weights", "weight_files"},  # what parameter, model, disk bring
+    {"state_dicts", "child_file"},  # what is loaded and saved
+    {"optimizer", "child_checkpoint"},
     {"self_check", "report"},  # for the command line only
     {"__init__"},  # the public names and nothing else
     {"__main__", "commands"},  # the command line: what is called, and a room a command

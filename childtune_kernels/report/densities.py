@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from .. import ops
 from ..child_mask import ChildMask
-from .progress import track
+from ..progress import progress_of
 from .text_table import aligned, percent
 
 MOST_KINDS = 64
@@ -84,7 +84,7 @@ def densities(mask: ChildMask) -> Densities:
         kinds = {label: re.sub(r"\b\d+\b", "*", kind) for label, kind in kinds.items()}
     cells: dict[tuple[str, int], Share] = {}
     outside: dict[str, Share] = {}
-    for label, words in track(mask.words.items(), len(mask.words), "counting"):
+    for label, words in progress_of(mask.words.items(), "counting", len(mask.words)):
         share = Share(ops.count_mask(words), mask.shapes[label].numel())
         if label in inside:
             place = kinds[label], inside[label][1]

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import ops
 from ..child_mask import ChildMask
 from ..labels import label_of
-from .progress import track
+from ..progress import progress_of
 from .text_table import aligned, percent
 
 BINS_A_DECADE = 10
@@ -141,7 +141,7 @@ def fisher_spectrum(fisher: Mapping[str, Tensor], mask: ChildMask) -> FisherSpec
         _check(label, labelled.get(label), shape)
     tally = _Tally()
     chunks = sum(math.ceil(shape.numel() / _CHUNK) for shape in mask.shapes.values())
-    for values, child in track(_chunks(labelled, mask), chunks, "Fisher"):
+    for values, child in progress_of(_chunks(labelled, mask), "Fisher", chunks):
         tally.add(values, child)
     return tally.result()
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..child_mask import ChildMask
-from .progress import track
+from ..progress import progress_of
 from .text_table import aligned, percent
 
 
@@ -45,7 +45,7 @@ def overlaps(masks: Mapping[str, ChildMask]) -> Overlaps:
     names = tuple(masks)
     pairs = [(a, b) for at, a in enumerate(names) for b in names[at + 1 :]]
     common = {(name, name): count for name, count in counts.items()}
-    for a, b in track(pairs, len(pairs), "comparing"):
+    for a, b in progress_of(pairs, "comparing", len(pairs)):
         try:
             common[a, b] = common[b, a] = (masks[a] & masks[b]).count()
         except ValueError as error:

@@ -1,0 +1,169 @@
+"""``child``: child checkpoints and weight files on disk: ``info``, ``apply``, ``diff``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..child_checkpoint import check_base, child_diff, diff_checkpoint, write_tuned_
+from ..child_file import ChildCheckpoint, load_child
+from ..labels import label_of
+from ..named_weights import named_weights
+from ..progress import progress_of_bytes
+from ..weight_files import INDEX, WeightFiles, read_weights, write_weights
+
+
+def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+    """Add the command ``child`` to the command line."""
+    what = "child checkpoints: what one holds, base + child, what differs between two models"
+    parser = subparsers.add_parser("child", help=what, description=what)
+    actions = parser.add_subparsers(dest="action", required=True)
+    weights = "a safetensors file, or a folder with model.safetensors or an index of shards"
+
+    info = actions.add_parser("info", help="what a child checkpoint holds; checks it whole")
+    info.add_argument("file", help="the child checkpoint")
+    info.add_argument("--json", action="store_true", help="print one JSON object")
+    info.set_defaults(run=run, act=_info)
+
+    apply = actions.add_parser("apply", help="put a child into its base model's weights")
+    apply.add_argument("base", help=f"the base: {weights}")
+    apply.add_argument("child", help="the child checkpoint")
+    apply.add_argument("out", help="the tuned weights, in the base's layout (weights alone)")
+    apply.add_argument(
+        "--no-strict", action="store_true", help="accept a base with another fingerprint"
+    )
+    apply.set_defaults(run=run, act=_apply)
+
+    diff = actions.add_parser("diff", help="make a child checkpoint of what differs, bit for bit")
+    diff.add_argument("base", help=f"the base: {weights}")
+    diff.add_argument("tuned", help="the tuned model: the same kinds")
+    diff.add_argument("out", help="the child checkpoint to write")
+    diff.add_argument(
+        "--mask", action="store_true", help="write the mask of what differs (a ChildMask) alone"
+    )
+    diff.set_defaults(run=run, act=_diff)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run one action; returns 0, or 1 where input does not fit, with one line about it."""
+    try:
+        options.act(options)
+    except (ValueError, TypeError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _info(options: argparse.Namespace) -> None:
+    checkpoint = load_child(options.file)
+    if options.json:
+        print(json.dumps(_report(checkpoint), indent=2))
+        return
+    mask = checkpoint.mask
+    print(f"{'written by':<16}childtune_kernels {checkpoint.library}")
+    print(f"{'fingerprint':<16}{checkpoint.fingerprint}")
+    share = f" ({mask.density():.2%})" if mask.numel() else ""
+    print(f"{'child':<16}{mask.count():,} of {mask.numel():,} elements{share}")
+    size = os.path.getsize(options.file)
+    print(f"{'file':<16}{size:,} bytes; the whole model {_model_bytes(checkpoint):,}")
+    for first, others in (checkpoint.ties or {}).items():
+        print(f"{'tied':<16}{first} = {' = '.join(others)}")
+    print(f"\n{'weight':<48}{'role':<8}{'type':<10}{'child':>8}  shape")
+    for label, shape in checkpoint.shapes.items():
+        role = checkpoint.role(label)
+        share = f"{mask.density(label):.2%}" if role == "child" and shape.numel() else ""
+        print(f"{label:<48}{role:<8}{_type(checkpoint, label):<10}{share:>8}  {tuple(shape)}")
+
+
+def _report(checkpoint: ChildCheckpoint) -> dict[str, Any]:
+    mask = checkpoint.mask
+    members = {
+        label: {
+            "role": checkpoint.role(label),
+            "dtype": _type(checkpoint, label),
+            "shape": list(shape),
+            "count": mask.count(label) if label in checkpoint.values else None,
+        }
+        for label, shape in checkpoint.shapes.items()
+    }
+    return {
+        "library": checkpoint.library,
+        "fingerprint": checkpoint.fingerprint,
+        "count": mask.count(),
+        "numel": mask.numel(),
+        "model_bytes": _model_bytes(checkpoint),
+        "ties": checkpoint.ties,
+        "members": members,
+    }
+
+
+def _type(checkpoint: ChildCheckpoint, label: str) -> str:
+    return str(checkpoint.dtypes[label]).removeprefix("torch.")
+
+
+def _model_bytes(checkpoint: ChildCheckpoint) -> int:
+    return sum(
+        shape.numel() * checkpoint.dtypes[label].itemsize
+        for label, shape in checkpoint.shapes.items()
+    )
+
+
+def _apply(options: argparse.Namespace) -> None:
+    checkpoint, files = load_child(options.child), read_weights(options.base)
+    _refuse_to_overwrite(options.out, options.base, options.child, *_paths(files))
+    found = check_base(
+        checkpoint, named_weights(files.tensors, "base"), "base", strict=not options.no_strict
+    )
+    source_of = {other: label for label, others in found.items() for other in others}
+
+    def tuned(name: str, tensor: Tensor) -> Tensor:
+        label = source_of[label_of(name)]
+        if checkpoint.role(label) == "base":
+            return tensor
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        write_tuned_(tensor, label, checkpoint)
+        return tensor
+
+    total = sum(tensor.numel() * tensor.element_size() for tensor in files.tensors.values())
+    with progress_of_bytes("writing", total) as advance:
+        write_weights(options.out, files, tuned, advance)
+    print(
+        f"{options.out}: {checkpoint.mask.count():,} elements and {len(checkpoint.whole)} whole tensors "
+        f"put into {options.base}"
+    )
+
+
+def _diff(options: argparse.Namespace) -> None:
+    base, tuned = read_weights(options.base), read_weights(options.tuned)
+    _refuse_to_overwrite(options.out, options.base, options.tuned, *_paths(base), *_paths(tuned))
+    if options.mask:
+        mask = child_diff(base.tensors, tuned.tensors)
+        mask.save(options.out)
+        print(f"{options.out}: {mask}")
+        return
+    checkpoint = diff_checkpoint(
+        named_weights(base.tensors, "base"), named_weights(tuned.tensors, "tuned")
+    )
+    checkpoint.save(options.out)
+    print(
+        f"{options.out}: {checkpoint.mask.count():,} elements in {len(checkpoint.values)} weights, "
+        f"{len(checkpoint.whole)} tensors whole, {os.path.getsize(options.out):,} bytes"
+    )
+
+
+def _paths(files: WeightFiles) -> list[Path]:
+    folder = files.path if files.path.is_dir() else files.path.parent
+    return [folder / name for name in (*files.files, INDEX)]
+
+
+def _refuse_to_overwrite(out: str, *inputs: str | Path) -> None:
+    for path in inputs:
+        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
+            raise ValueError(f"{out} is an input; name another file to write")
