@@ -19,6 +19,7 @@ STABLE_TORCH_LIBRARY(childtune_kernels, m) {
   m.def("pack_mask_(Tensor mask, Tensor(a!) words, int capability) -> ()");
   m.def("unpack_mask_(Tensor words, Tensor(a!) mask, int capability) -> ()");
   m.def("count_mask(Tensor words, int capability) -> int");
+  m.def("fisher_accumulate_(Tensor(a!)[] sums, Tensor[] gradients, float scale, int capability) -> ()");
   m.def("observe_(Tensor[] tensors, Tensor(a!) observed) -> ()");
   m.def("has_capability(int capability) -> bool");
   m.def("row_fields() -> str");
@@ -31,6 +32,7 @@ STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
   m.impl("pack_mask_", TORCH_BOX(&childtune::pack_mask_));
   m.impl("unpack_mask_", TORCH_BOX(&childtune::unpack_mask_));
   m.impl("count_mask", TORCH_BOX(&childtune::count_mask));
+  m.impl("fisher_accumulate_", TORCH_BOX(&childtune::fisher_accumulate_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CompositeExplicitAutograd, m) {

