@@ -187,7 +187,7 @@ def test_what_cannot_be_added_is_refused_before_anything_is_written() -> None:
 
 def test_messages_name_the_parameter() -> None:
     choice = registry.choose("fisher_accumulate", "cpu", "reference")
-    with pytest.raises(ValueError, match="gradient of encoder.weight: dtype"):
+    with pytest.raises(ValueError, match=r"gradient of encoder\.weight: dtype"):
         ops.fisher_accumulate_(
             [torch.zeros(4)], [torch.ones(4).long()], choice, labels=["encoder.weight"]
         )
