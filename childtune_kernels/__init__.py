@@ -5,5 +5,14 @@ from .child_mask import ChildMask
 from .group_options import lr_for
 from .optimizer import FusedChildAdamW
 from .registry import explain
+from .selection import random_child, select_child
 
-__all__ = ["ChildMask", "FusedChildAdamW", "__version__", "explain", "lr_for"]
+__all__ = [
+    "ChildMask",
+    "FusedChildAdamW",
+    "__version__",
+    "explain",
+    "lr_for",
+    "random_child",
+    "select_child",
+]
