@@ -17,7 +17,7 @@ TABLE: dict[str, dict[str, str | None]] = {
     "observe": {"triton": None, "cpp": "cpp", "reference": "reference.observe"},
     "keep_words": {"triton": None, "cpp": "cpp", "reference": "reference.keep_words"},
     "bitmask": {"triton": None, "cpp": "cpp", "reference": "reference.bitmask"},
-    "topk_select": {"triton": None, "cpp": None, "reference": "reference.topk_select"},
+    "topk_select": {"triton": None, "cpp": "cpp", "reference": "reference.topk_select"},
 }
 
 _warned: set[str] = set()
