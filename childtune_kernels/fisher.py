@@ -5,28 +5,21 @@ from __future__ import annotations
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from types import MappingProxyType
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 
 from . import ops, registry
-from .child_mask import ChildMask
 from .fisher_examples import LossFunction, example_gradients
-from .fisher_files import StoredFisher, read_fisher, save_fisher
 from .fisher_recording import Recording
-from .fisher_scope import FisherScope, Patterns, near_labels, scope_of, shortened
-from .labels import label_of
-from .selection import select_child
-
-PER_EXAMPLE, BATCH_MEAN, MIXED = "per example", "batch mean squares", "mixed"
-_NO_SCOPE = FisherScope((), (), None, ())
+from .fisher_scope import Patterns, scope_of, shortened
+from .fisher_sums import FisherSums, checked_count
 
 
-class FisherAccumulator:
+class FisherAccumulator(FisherSums):
     """Sums of squared gradients of a model's weights (SPEC.md, "Fisher information").
 
     A record is one squared gradient: of one example, as the paper has it, or of the mean loss of several,
@@ -77,75 +70,65 @@ class FisherAccumulator:
             )
             for member in scope.members
         }
-        dense = [member.label for member in scope.dense]
-        self._begin(sums, dense, scope.include, scope.exclude, backend)
-        self._model, self._scope, self._offload = model, scope, offload
-
-    @classmethod
-    def from_sums(
-        cls,
-        sums: Mapping[str, Tensor],
-        records_by_size: Mapping[int, int],
-        dense: Iterable[str] = (),
-        *,
-        include: Iterable[str] | None = None,
-        exclude: Iterable[str] = (),
-        without_gradient: Iterable[str] = (),
-        backend: str | None = None,
-    ) -> FisherAccumulator:
-        """An accumulator without a model, of sums that were made elsewhere; it cannot record.
-
-        Args:
-            sums: name → contiguous fp32 tensor, taken as it is and not copied.
-            records_by_size: examples per record → number of records.
-            dense: names of parameters that train densely.
-            include, exclude: the patterns that led to this scope, for the metadata.
-            without_gradient: names among ``sums`` that never got a gradient.
-            backend: as at construction.
-
-        Raises:
-            ValueError: sums of another type, or counts below 1.
-        """
-        labelled = {label_of(name): total for name, total in sums.items()}
-        for label, total in labelled.items():
-            ops.check_squares(label, total, total)
-        fisher = cls.__new__(cls)
-        patterns = None if include is None else tuple(include)
-        fisher._begin(labelled, map(label_of, dense), patterns, tuple(exclude), backend)
-        for size, count in records_by_size.items():
-            fisher._records[_checked_examples(size)] = _checked_examples(count)
-        fisher._seen = labelled.keys() - set(map(label_of, without_gradient))
-        return fisher
-
-    def _begin(
-        self,
-        sums: dict[str, Tensor],
-        dense: Iterable[str],
-        include: tuple[str, ...] | None,
-        exclude: tuple[str, ...],
-        backend: str | None,
-    ) -> None:
-        self._sums = sums
-        self._dense = tuple(dense)
-        self.include, self.exclude = include, exclude
-        self._backend = backend
+        super().__init__(
+            sums,
+            {},
+            [member.label for member in scope.dense],
+            include=scope.include,
+            exclude=scope.exclude,
+            without_gradient=sums,
+        )
         self._choices = {
             device: registry.choose("fisher_accumulate", device, backend)
             for device in {total.device for total in sums.values()}
         }
-        self._model: torch.nn.Module | None = None
-        self._scope, self._offload = _NO_SCOPE, None
+        self._offloaded = offload is not None
+        self._model, self._members, self._others = model, scope.members, scope.dense
         self._recording: Recording | None = None
         self._warned = False
-        self._forget()
 
-    def _forget(self) -> None:
-        self._records: dict[int, int] = {}
-        self._seen: set[str] = set()
-        self._functional = False
-        self._broken = False
+    @overload
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: None = None) -> FisherSums: ...
 
-    # Recording
+    @overload
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: torch.nn.Module,
+        *,
+        offload: str | None = None,
+        backend: str | None = None,
+    ) -> FisherAccumulator: ...
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: torch.nn.Module | None = None,
+        *,
+        offload: str | None = None,
+        backend: str | None = None,
+    ) -> FisherSums:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: the model that the sums are of, to go on recording; without it the sums lie on the CPU
+                and are for reading, merging and ``child_mask``.
+            offload, backend: as at construction.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: another kind of file, a damaged or altered one, or another model.
+        """
+        stored = FisherSums.load(path)
+        if model is None:
+            return stored
+        fisher = cls(model, stored.include, stored.exclude, offload=offload, backend=backend)
+        fisher.merge(stored)
+        return fisher
 
     @contextmanager
     def recording(
@@ -154,8 +137,8 @@ class FisherAccumulator:
         """While this block runs, every backward is a record: its gradients are squared and freed one by one.
 
         One outermost backward is one record, a backward that a checkpoint starts inside it is not. A
-        backward that reaches no trainable parameter is not seen, nor is ``torch.autograd.grad``. What stood in
-        ``.grad`` is put back at the end, also for parameters outside the scope.
+        backward that reaches no trainable parameter is not seen, nor is ``torch.autograd.grad``. What
+        stood in ``.grad`` is put back at the end, also for parameters outside the scope.
 
         Args:
             examples_per_backward: of how many examples each backward's loss is the mean; 1 gives the paper's
@@ -168,12 +151,10 @@ class FisherAccumulator:
             RuntimeError: a recording is running already; a gradient arrived twice within one backward; a
                 backward raised half-way, after which the sums are of no use (``reset`` clears them).
         """
-        examples, scale = _checked_examples(examples_per_backward), _square_scale(grad_scale)
-        self._require_model("recording")
-        self._require_whole()
-        if self._recording is not None:
-            raise RuntimeError("this accumulator is recording already; leave that block first")
-        self._warn_of_training()
+        examples = checked_count("examples_per_backward", examples_per_backward)
+        scale = _square_scale(grad_scale)
+        self._require_idle()
+        self._warn_of_training(4)
 
         def add(label: str, gradient: Tensor) -> None:
             self._add({label: gradient}, scale)
@@ -181,7 +162,7 @@ class FisherAccumulator:
         def count(arrived: set[str]) -> None:
             self._count(examples, arrived)
 
-        self._recording = Recording(self._scope.members, self._scope.dense, add, count)
+        self._recording = Recording(self._members, self._others, add, count)
         self._recording.start()
         try:
             yield self
@@ -201,36 +182,31 @@ class FisherAccumulator:
             ValueError: as ``recording``; a gradient that cannot be squared. Nothing was added.
             RuntimeError: no parameter in scope has a gradient; a recording is running.
         """
-        examples, scale = _checked_examples(examples), _square_scale(grad_scale)
-        self._require_model("accumulate")
-        self._require_whole()
-        if self._recording is not None:
-            raise RuntimeError("while recording, backward itself is counted; leave that block first")
+        examples, scale = checked_count("examples", examples), _square_scale(grad_scale)
+        self._require_idle()
         gradients = {
             member.label: member.parameter.grad
-            for member in self._scope.members
+            for member in self._members
             if member.parameter.grad is not None
         }
         if not gradients:
             raise RuntimeError(
                 "no parameter in scope has a gradient; call accumulate() after backward and before zero_grad"
             )
-        self._warn_of_training()
+        self._warn_of_training(3)
         self._add(gradients, scale)
         self._count(examples, gradients)
 
-    def record_examples(
-        self, loss_fn: LossFunction, batch: Any, chunk: int | None = None
-    ) -> None:
+    def record_examples(self, loss_fn: LossFunction, batch: Any, chunk: int | None = None) -> None:
         """Add a record for every example of a batch, with gradients by ``torch.func``.
 
-        The sums are those of a loop over the examples up to rounding, whatever the chunk. Parameters, buffers,
-        ``.grad`` and random numbers are left alone; a model that draws random numbers is refused.
+        The sums are those of a loop over the examples up to rounding, whatever the chunk. Parameters,
+        buffers, ``.grad`` and random numbers are left alone; a model that draws any is refused.
 
         Args:
-            loss_fn: ``loss_fn(model, example)`` → one number. ``model`` stands for the model and can only be
-                called; ``example`` is the batch cut to one example, with a first dimension of 1, so that a loss
-                for ordinary batches serves.
+            loss_fn: ``loss_fn(model, example)`` → one number. ``model`` stands for the model and can only
+                be called; ``example`` is the batch cut to one example, with a first dimension of 1, so that a
+                loss for ordinary batches serves.
             batch: tensors whose first dimension counts examples, alone or in dicts, lists and tuples.
             chunk: how many examples at once; memory grows with chunk · parameters. None takes all.
 
@@ -244,16 +220,13 @@ class FisherAccumulator:
 
         Raises:
             ValueError, TypeError: a batch, chunk or loss of another kind.
-            RuntimeError: ``torch.func`` cannot run the model: batch norm or dropout in train mode, control flow
-                that depends on data; ``recording`` with a batch of one can. The message says how many examples
-                of the batch are recorded.
+            RuntimeError: ``torch.func`` cannot run the model: batch norm or dropout in train mode, control
+                flow that depends on data; ``recording`` with a batch of one can. The message says how many
+                examples of the batch are recorded.
         """
-        model = self._require_model("record_examples")
-        self._require_whole()
-        if self._recording is not None:
-            raise RuntimeError("while recording, backward itself is counted; leave that block first")
-        labels = [member.label for member in self._scope.members]
-        for gradients in example_gradients(model, self._scope.members, loss_fn, batch, chunk):
+        self._require_idle()
+        labels = [member.label for member in self._members]
+        for gradients in example_gradients(self._model, self._members, loss_fn, batch, chunk):
             self._add(dict(zip(labels, gradients, strict=True)), 1.0)
             # torch.func gives zeros where there is no gradient; without_gradient looks at the sums.
             self._functional = True
@@ -267,199 +240,87 @@ class FisherAccumulator:
         """
         if self._recording is not None:
             raise RuntimeError("this accumulator is recording; leave that block first")
+        self._broken = False
         for total in self._sums.values():
             total.zero_()
-        self._forget()
+        self._records.clear()
+        self._seen.clear()
+        self._functional = False
 
-    # Reading
+    def _require_whole(self) -> None:
+        if self._recording is not None and self._recording.holds_a_part():
+            self._broken = True
+        super()._require_whole()
 
-    @property
-    def sums(self) -> Mapping[str, Tensor]:
-        """Label → fp32 sum of squares, in the model's order: the accumulator's own tensors."""
-        self._require_whole()
-        return MappingProxyType(self._sums)
-
-    @property
-    def records_by_size(self) -> Mapping[int, int]:
-        """Examples per record → number of records."""
-        self._require_whole()
-        return MappingProxyType(self._records)
-
-    @property
-    def records(self) -> int:
-        """The number of records: squared gradients per element."""
-        return sum(self.records_by_size.values())
-
-    @property
-    def examples(self) -> int:
-        """The number of examples that the records were made of."""
-        return sum(size * count for size, count in self.records_by_size.items())
-
-    @property
-    def kind(self) -> str:
-        """``"per example"``, ``"batch mean squares"`` or ``"mixed"``; the first without records."""
-        sizes = self.records_by_size.keys()
-        if not sizes - {1}:
-            return PER_EXAMPLE
-        return MIXED if 1 in sizes else BATCH_MEAN
-
-    @property
-    def names(self) -> list[str]:
-        """The labels in scope, in the model's order."""
-        return list(self._sums)
-
-    @property
-    def dense_names(self) -> frozenset[str]:
-        """The labels of trainable parameters outside the scope."""
-        return frozenset(self._dense)
-
-    @property
-    def without_gradient(self) -> list[str]:
-        """Labels in scope that got no gradient in any record; their Fisher information is zero."""
-        self._require_whole()
-        return [
-            label
-            for label, total in self._sums.items()
-            if label not in self._seen and not (self._functional and bool(total.any()))
-        ]
-
-    def values(self) -> dict[str, Tensor]:
-        """Label → Fisher information: the mean square per record, fp32, in new tensors.
-
-        Raises:
-            RuntimeError: there is no record.
-        """
-        return {label: self[label] for label in self._sums}
-
-    def __getitem__(self, name: str) -> Tensor:
-        label, records = label_of(name), self._require_records()
-        if label not in self._sums:
-            why = "trains densely" if label in self._dense else "is not in scope"
-            near = near_labels(label, self.names)
-            raise KeyError(f"{label} {why}; in scope are {shortened(near)}")
-        return self._sums[label] / records
-
-    def child_mask(
-        self,
-        reserve_p: float | None = None,
-        *,
-        k: int | None = None,
-        scope: str = "global",
-        granularity: int = 1,
-        largest: bool = True,
-        rule: str = "exact",
-    ) -> ChildMask:
-        """The child network of the weights with the most Fisher information.
-
-        Trainable parameters outside the scope train densely, so the mask fits
-        ``FusedChildAdamW(model.named_parameters(), child_mask=mask)``. It is selected from the sums, which are in
-        the order of the means. Parameters without a gradient draw a warning. Arguments: ``select_child``.
-
-        Raises:
-            ValueError: as ``select_child``, above all NaN or infinite sums, by name.
-            RuntimeError: there is no record.
-        """
-        self._require_records()
-        idle = self.without_gradient
-        if idle:
-            warnings.warn(
-                f"{len(idle)} parameters got no gradient, so their Fisher information is zero: "
-                f"{shortened(idle)}; exclude what shall train densely, freeze what shall not train",
-                UserWarning,
-                stacklevel=2,
+    def _require_idle(self) -> None:
+        if self._recording is not None:
+            raise RuntimeError(
+                "this accumulator is recording, and every backward is counted; leave that block first"
             )
-        return select_child(
-            self._sums,
-            reserve_p=reserve_p,
-            k=k,
-            scope=scope,
-            granularity=granularity,
-            largest=largest,
-            dense=self._dense,
-            rule=rule,
-            backend=self._backend,
+        self._require_whole()
+
+    def _add(self, gradients: Mapping[str, Tensor], scale: float) -> None:
+        """Add squared gradients, in one call for each device."""
+        for label, gradient in gradients.items():
+            total = self._sums[label]
+            ops.check_squares(label, total, gradient, anywhere=self._offloaded)
+        try:
+            if self._offloaded:
+                for label, gradient in gradients.items():
+                    self._add_here({label: gradient.detach().cpu()}, scale)
+            else:
+                self._add_here(gradients, scale)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _add_here(self, gradients: Mapping[str, Tensor], scale: float) -> None:
+        for device, choice in self._choices.items():
+            labels = [label for label in gradients if self._sums[label].device == device]
+            ops.fisher_accumulate_(
+                [self._sums[label] for label in labels],
+                [gradients[label] for label in labels],
+                choice,
+                scale,
+                labels,
+            )
+
+    def _count(self, examples: int, arrived: Collection[str]) -> None:
+        self._records[examples] = self._records.get(examples, 0) + 1
+        self._seen.update(arrived)
+
+    def _warn_of_training(self, stacklevel: int) -> None:
+        """Say once that a model in train mode gives other squares than the paper's."""
+        if self._warned:
+            return
+        noisy = [name for name, module in self._model.named_modules() if _mixes_or_draws(module)]
+        if noisy:
+            self._warned = True
+            warnings.warn(
+                f"{shortened(noisy)} in train mode: dropout puts its noise into the squares, batch norm "
+                "mixes the examples of a batch; call model.eval() before recording",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+
+
+def _mixes_or_draws(module: torch.nn.Module) -> bool:
+    if not module.training:
+        return False
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+
+
+def _square_scale(grad_scale: float) -> float:
+    """1/S², by which squares of gradients of a loss times S are multiplied."""
+    try:
+        scale = 1.0 / float(grad_scale) ** 2
+    except (ZeroDivisionError, OverflowError):
+        scale = math.nan
+    rounded = float(torch.tensor(scale, dtype=torch.float32, device="cpu"))
+    if not (0 < rounded < math.inf and grad_scale > 0):
+        raise ValueError(
+            f"grad_scale={grad_scale!r} must be positive, and 1/S² positive and finite in float32"
         )
-
-    # Several runs, and files
-
-    def merge(self, other: FisherAccumulator) -> None:
-        """Add another accumulator's sums and counts, as of another run over other examples.
-
-        Where one was recorded per example and the other was not, the kind becomes ``"mixed"``.
-
-        Raises:
-            TypeError: no accumulator.
-            ValueError: another scope, other shapes.
-            RuntimeError: one of the two is recording, or holds a part of a record.
-        """
-        if not isinstance(other, FisherAccumulator):
-            raise TypeError(f"other must be a FisherAccumulator, not {type(other).__name__}")
-        for one in (self, other):
-            one._require_whole()
-            if one._recording is not None:
-                raise RuntimeError("an accumulator that is recording cannot be merged; leave that block")
-        self._require_scope(other._sums, other._dense, "the other accumulator")
-        arrived = other._sums.keys() - set(other.without_gradient)
-        for label, total in self._sums.items():
-            total.add_(other._sums[label].to(total.device))
-        for size, count in dict(other._records).items():
-            self._records[size] = self._records.get(size, 0) + count
-        self._seen |= arrived
-
-    def __iadd__(self, other: FisherAccumulator) -> FisherAccumulator:
-        self.merge(other)
-        return self
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write sums, counts and scope as safetensors; the file appears only when it is whole.
-
-        Raises:
-            FileNotFoundError: the directory does not exist.
-            RuntimeError: the sums hold a part of a record.
-        """
-        include = None if self.include is None else list(self.include)
-        stored = StoredFisher(
-            dict(self.sums),
-            dict(self._records),
-            list(self._dense),
-            include,
-            list(self.exclude),
-            self.without_gradient,
-        )
-        save_fisher(path, stored, self.kind)
-
-    @classmethod
-    def load(
-        cls,
-        path: str | os.PathLike[str],
-        model: torch.nn.Module | None = None,
-        *,
-        offload: str | None = None,
-        backend: str | None = None,
-    ) -> FisherAccumulator:
-        """Read what ``save`` wrote; with a model the accumulator can go on recording.
-
-        Args:
-            path: the file.
-            model: the model that the sums are of; without it they lie on the CPU.
-            offload, backend: as at construction.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: another kind of file, a damaged or altered one, or another model.
-        """
-        stored = read_fisher(path)
-        fisher = cls.from_sums(
-            stored.sums,
-            stored.records_by_size,
-            stored.dense,
-            include=stored.include,
-            exclude=stored.exclude,
-            without_gradient=stored.without_gradient,
-            backend=backend,
-        )
-        if model is None:
-            return fisher
-        whole = cls(model, stored.include, stored.exclude, offload=offload, backend=backend)
-        whole.merge(fisher)
-        return whole
+    return scale

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ def example_gradients(
     gradients_of = vmap(grad(loss_of), in_dims=(None, 0), randomness="error")
     size = chunk or count
     for start in range(0, count, size):
-        piece = _mapped(batch, lambda tensor, at=start: tensor[at : at + size])
+        piece = _mapped(batch, partial(_examples, first=start, count=size))
         gradients = _run(gradients_of, weights, piece, start, count)
         for example in range(min(size, count - start)):
             yield [gradients[member.name][example] for member in members]
@@ -93,6 +94,10 @@ def _mapped(batch: Any, change: Callable[[Tensor], Tensor]) -> Any:
         f"the batch holds a {type(batch).__name__}; give tensors in dicts, lists and tuples, and let "
         "loss_fn know the rest"
     )
+
+
+def _examples(tensor: Tensor, first: int, count: int) -> Tensor:
+    return tensor[first : first + count]
 
 
 def _length(batch: Any) -> int:

@@ -66,14 +66,20 @@ def read_fisher(path: str | os.PathLike[str]) -> StoredFisher:
         try:
             header = _header(file.metadata())
         except (KeyError, ValueError, TypeError, AttributeError, RecursionError) as error:
-            raise ValueError(f"{path}: the header of the Fisher file is damaged: {error}") from error
+            raise ValueError(
+                f"{path}: the header of the Fisher file is damaged: {error}"
+            ) from error
         if set(file.keys()) != set(header["order"]):
-            raise ValueError(f"{path}: the header of the Fisher file names other tensors than it holds")
+            raise ValueError(
+                f"{path}: the header of the Fisher file names other tensors than it holds"
+            )
         sums = {label: file.get_tensor(label) for label in header["order"]}
         if any(total.dtype != torch.float32 for total in sums.values()):
             raise ValueError(f"{path}: Fisher sums are float32; this file holds something else")
         if _digest(sums.values()) != file.metadata().get("sha256"):
-            raise ValueError(f"{path}: the Fisher sums are not those that were saved; make them anew")
+            raise ValueError(
+                f"{path}: the Fisher sums are not those that were saved; make them anew"
+            )
     return StoredFisher(
         sums,
         {int(size): count for size, count in header["records"].items()},

@@ -33,6 +33,10 @@ class _Record:
         self.added = False
         self.handles: list[Any] = []
 
+    def was_idle_before(self, task: int) -> bool:
+        """Whether this record has added nothing and another outermost task begins: it raised early."""
+        return not self.added and self.outermost is not None and self.outermost != task
+
 
 class Recording:
     """Takes the gradients of parameters from autograd, one at a time, for as long as it runs.
@@ -88,6 +92,11 @@ class Recording:
             handle.remove()
         return record.added
 
+    def holds_a_part(self) -> bool:
+        """Whether a backward that this thread is no longer in has been left half-way."""
+        record = self._open
+        return record is not None and record.added and torch._C._current_graph_task_id() == -1
+
     def _drop(self, parameter: Tensor) -> None:
         parameter.grad = None
         self._current_record()
@@ -115,9 +124,9 @@ class Recording:
             record = self._open
             if record is not None and task in record.tasks:
                 return record
-            if record is None:
-                record = self._open = _Record()
             node = _outermost_node()
+            if record is None or (node is None and record.was_idle_before(task)):
+                record = self._open = _Record()
             if node is None:
                 self._close_with_this_task(record)
             else:
@@ -151,7 +160,9 @@ class Recording:
                 self._close_with_this_task(record)
 
         following = {following for following, _ in node.next_functions if following is not None}
-        handles.extend(following_node.register_prehook(on_next_node) for following_node in following)
+        handles.extend(
+            following_node.register_prehook(on_next_node) for following_node in following
+        )
         record.handles.extend(handles)
 
     def _close(self, record: _Record) -> None:

@@ -59,7 +59,8 @@ def scope_of(model: torch.nn.Module, include: Patterns, exclude: Patterns) -> Fi
         for pattern in patterns:
             _require_match(option, pattern, labels)
 
-    members, dense = [], []
+    members: list[Member] = []
+    dense: list[Member] = []
     for parameter, names in aliases:
         own = [label_of(name) for name in names]
         if not parameter.requires_grad:

@@ -22,6 +22,7 @@ TABLE: dict[str, dict[str, str | None]] = {
         "cpp": "cpp",
         "reference": "reference.fisher_accumulate",
     },
+    "topk_select": {"triton": None, "cpp": "cpp", "reference": "reference.topk_select"},
 }
 
 _warned: set[str] = set()

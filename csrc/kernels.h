@@ -17,6 +17,11 @@ struct FisherRow {
   int level_count;
 };
 
+// The tables of a histogram pass: several, so that neighbours do not meet in a bin, and each with a
+// bin for what does not count and a distance that keeps equal bins out of one cache set.
+constexpr int kHistogramTables = 4;
+inline int64_t histogram_stride(int bits) { return (int64_t(1) << bits) + 16; }
+
 // The kernels of one instruction set. `first`..`last` count blocks of 64 elements of one row, or
 // 64-bit words of one mask, so that any split over threads leaves the same bits.
 struct Kernels {
@@ -27,6 +32,14 @@ struct Kernels {
   void (*unpack_mask)(const uint32_t* words, int64_t numel, uint8_t* mask, int64_t first, int64_t last);
   int64_t (*count_mask)(const uint32_t* words, int64_t word_count, int64_t first, int64_t last);
   void (*fisher_accumulate_row)(const FisherRow& row, float scale, int64_t first, int64_t last);
+  // Op topk_select takes fp32 scores as their bits: a stretch of one tensor that starts at a multiple of
+  // 64 (run_scores: of the granularity). digit_histogram and run_scores return how many scores are NaN,
+  // infinite or negative, select_words how many have the threshold's key.
+  int64_t (*digit_histogram)(const uint32_t* scores, int64_t count, int shift, int bits, uint32_t prefix,
+                             uint32_t* tables);
+  int64_t (*select_words)(const uint32_t* scores, int64_t count, int32_t threshold, bool largest, uint32_t* words);
+  void (*take_ties)(const uint32_t* scores, int64_t count, int32_t threshold, int64_t quota, uint32_t* words);
+  int64_t (*run_scores)(const uint32_t* scores, int64_t count, int64_t granularity, float* runs);
 };
 
 enum Capability : int64_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };
