@@ -1,17 +1,12 @@
 // Op child_adamw: the launch. One call serves every row; the work is cut into units of whole blocks
 // and shared by torch's own threads.
-#include <vector>
-
 #include "launch.h"
+#include "units.h"
 
 namespace childtune {
 namespace {
 
-constexpr int64_t kBlock = 64;
-constexpr int64_t kUnitBlocks = 64;  // 4096 elements
-constexpr int64_t kGrain = 4;        // units below which a second thread costs more than it brings
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t kGrain = 4;  // units below which a second thread costs more than it brings
 
 }  // namespace
 
@@ -30,28 +25,13 @@ void child_adamw_(Tensor rows, Tensor groups, int64_t capability) {
     ++*reinterpret_cast<int64_t*>(row[index].step);
     if (row[index].numel == 0) continue;
     active.push_back(index);
-    first_unit.push_back(first_unit.back() + ceil_div(row[index].numel, kBlock * kUnitBlocks));
+    first_unit.push_back(first_unit.back() + units_of(row[index].numel));
   }
 
-  torch::stable::parallel_for(0, first_unit.back(), kGrain, [&](int64_t begin, int64_t end) {
-    size_t at = 0;
-    for (size_t low = 0, high = active.size(); low < high;) {
-      const size_t middle = (low + high) / 2;
-      if (first_unit[middle + 1] <= begin) {
-        low = at = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    for (int64_t unit = begin; unit < end; ++at) {
-      const PlanRow& current = row[active[at]];
-      const int64_t stop = end < first_unit[at + 1] ? end : first_unit[at + 1];
-      const int64_t blocks = ceil_div(current.numel, kBlock);
-      const int64_t last = (stop - first_unit[at]) * kUnitBlocks;
-      kernels.child_adamw_row(current, group[current.group], (unit - first_unit[at]) * kUnitBlocks,
-                              last < blocks ? last : blocks);
-      unit = stop;
-    }
+  for_units(first_unit, kGrain, [&](size_t at, int64_t first, int64_t last) {
+    const PlanRow& current = row[active[at]];
+    const int64_t blocks = ceil_div(current.numel, kBlock), stop = last * kUnitBlocks;
+    kernels.child_adamw_row(current, group[current.group], first * kUnitBlocks, stop < blocks ? stop : blocks);
   });
 }
 
