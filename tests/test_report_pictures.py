@@ -197,6 +197,14 @@ def test_the_threshold_is_drawn(tmp_path: Path, drawn: list[canvas.Canvas]) -> N
     assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "threshold 1e-05"
 
 
+def test_bins_at_the_ends_of_fp32_are_as_wide_as_others(
+    tmp_path: Path, drawn: list[canvas.Canvas]
+) -> None:
+    PICTURES["spectrum to the ends of fp32"](tmp_path / "a.png")
+    edges = drawn[0].axes[0].patches[0].get_data().edges
+    assert [edges[0], edges[-1]] == pytest.approx([-38.1, 38.6], abs=0.01)
+
+
 def test_a_missing_directory_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="nowhere is no directory; make it first"):
         PICTURES["overlap of 2"](tmp_path / "nowhere" / "a.png")
