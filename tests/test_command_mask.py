@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 from childtune_kernels import ChildMask
 from childtune_kernels.__main__ import main
+from childtune_kernels.fisher_sums import FisherSums
 
 PNG = b"\x89PNG\r\n\x1a\n"
 
@@ -71,6 +72,52 @@ def test_plot(files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixt
     assert main(["mask", "plot", files[0], "--out", str(out)]) == 0
     assert out.read_bytes()[:8] == PNG
     assert capsys.readouterr().out == f"wrote {out}\n"
+
+
+@pytest.fixture
+def fisher_file(files: tuple[str, str], tmp_path: Path) -> str:
+    """Fisher sums of four records, for the scope of the masks."""
+    generator = torch.Generator().manual_seed(4)
+    shapes = ChildMask.load(files[0]).shapes
+    sums = {name: torch.rand(shape, generator=generator) for name, shape in shapes.items()}
+    path = tmp_path / "fisher.safetensors"
+    FisherSums(sums, {1: 4}).save(path)
+    return str(path)
+
+
+def test_plot_of_the_fisher_spectrum(
+    files: tuple[str, str], fisher_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "spectrum.png"
+    assert main(["mask", "plot", files[0], "--fisher", fisher_file, "--out", str(out)]) == 0
+    assert out.read_bytes()[:8] == PNG
+    mask, fisher = ChildMask.load(files[0]), FisherSums.load(fisher_file).values()
+    inside = torch.cat([fisher[name][mask.dense(name)] for name in mask.words])
+    whole = torch.cat([fisher[name].flatten() for name in mask.words])
+    printed = capsys.readouterr().out
+    assert f"Threshold (smallest Fisher inside the child): {inside.min():.4g}." in printed
+    assert f"holds {100 * inside.sum() / whole.sum():.1f} % of the Fisher information" in printed
+    assert printed.endswith(f"\nwrote {out}\n")
+
+
+def test_fisher_that_does_not_fit_is_refused(
+    files: tuple[str, str], fisher_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tmp_path / "other.safetensors"
+    FisherSums({"v": torch.ones(3)}, {1: 1}).save(other)
+    out = tmp_path / "a.png"
+    for fisher, message in (
+        (other, "has no Fisher information here"),
+        (files[0], "first.safetensors"),
+        (tmp_path / "nowhere", "nowhere"),
+        (tmp_path, "is a folder"),
+    ):
+        arguments = ["plot", files[0], "--fisher", str(fisher), "--out", str(out)]
+        assert main(["mask", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: ")
+        assert message in error
+    assert not out.exists()
 
 
 def test_overlap(

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from ..child_mask import ChildMask
+from ..fisher import FisherAccumulator
 from ..report import canvas
 from ..report.densities import Densities, Share, densities, densities_table
+from ..report.fisher_spectrum import fisher_spectrum, fisher_spectrum_table
 from ..report.heat_maps import plot_densities, plot_overlaps
 from ..report.overlaps import overlaps, overlaps_table
+from ..report.spectrum_plot import plot_fisher_spectrum
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -32,6 +35,13 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     plot = commands.add_parser("plot", help="draw a mask's density by layer and kind of weight")
     plot.add_argument("file", type=Path, metavar="FILE", help="what ChildMask.save wrote")
     plot.add_argument("--out", type=_png, required=True, metavar="PNG", help="where to draw")
+    plot.add_argument(
+        "--fisher",
+        type=Path,
+        metavar="FISHER",
+        help="what FisherAccumulator.save wrote: draw its spectrum instead, with the mask's part of it "
+        "and the threshold, and print it as a table",
+    )
     plot.set_defaults(run=run, act=_plot)
 
     overlap = commands.add_parser(
@@ -77,7 +87,13 @@ def _info(options: argparse.Namespace) -> None:
 
 def _plot(options: argparse.Namespace) -> None:
     mask = _load(options.file)
-    plot_densities(densities(mask), options.out, options.file.name)
+    if options.fisher is None:
+        plot_densities(densities(mask), options.out, options.file.name)
+    else:
+        fisher = FisherAccumulator.load(_file(options.fisher)).values()
+        spectrum = fisher_spectrum(fisher, mask)
+        plot_fisher_spectrum(spectrum, options.out, options.file.name)
+        print(fisher_spectrum_table(spectrum), end="\n\n")
     print(f"wrote {options.out}")
 
 
@@ -101,9 +117,13 @@ def _overlap(options: argparse.Namespace) -> None:
 
 
 def _load(path: Path) -> ChildMask:
+    return ChildMask.load(_file(path))
+
+
+def _file(path: Path) -> Path:
     if path.is_dir():
-        raise ValueError(f"{path} is a folder; name the file of a child mask")
-    return ChildMask.load(path)
+        raise ValueError(f"{path} is a folder; name the file in it")
+    return path
 
 
 def _names(files: Sequence[Path]) -> list[str]:
