@@ -16,7 +16,7 @@ from ..progress import progress_of
 from .text_table import aligned, percent
 
 BINS_A_DECADE = 10
-_CHUNK = 1 << 20  # elements; a multiple of 32, so that chunks begin with a mask word
+_CHUNK = 1 << 22  # elements; a multiple of 32, so that chunks begin with a mask word
 _FIRST_DECADE, _LAST_EXPONENT = -38, 385  # 10**38.5 is the last edge below fp32's largest
 _INFINITY = 0x7F80
 
@@ -79,15 +79,19 @@ class _Tally:
     def add(self, values: Tensor, child: Tensor) -> None:
         """Count a chunk: fp32 values without sign, and which of them are in the child."""
         codes = values.view(torch.int32) >> 16
-        inside = int(child.sum())
-        zero = values == 0
+        counts = torch.bincount(codes, minlength=1 << 15).cpu()
+        within = torch.where(child, codes, _INFINITY)
+        child_counts = torch.bincount(within, minlength=1 << 15).cpu()
+        child_counts[_INFINITY] = 0  # where the elements outside were put
+        inside = int(child_counts.sum())
         self.numel += values.numel()
         self.child += inside
-        self.zeros += int(zero.sum())
-        self.child_zeros += int((zero & child).sum())
-        self.counts += torch.bincount(codes, minlength=1 << 15).cpu()
-        within = torch.where(child, codes, _INFINITY)
-        self.child_counts += torch.bincount(within, minlength=1 << 15).cpu()
+        self.counts += counts
+        self.child_counts += child_counts
+        if counts[0]:
+            zero = values == 0
+            self.zeros += int(zero.sum())
+            self.child_zeros += int((zero & child).sum())
         if inside:
             self.smallest_inside = min(
                 self.smallest_inside, float(torch.where(child, values, math.inf).amin())
