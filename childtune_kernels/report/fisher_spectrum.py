@@ -16,7 +16,7 @@ from ..progress import progress_of
 from .text_table import aligned, percent
 
 BINS_A_DECADE = 10
-_CHUNK = 1 << 22  # elements; a multiple of 32, so that chunks begin with a mask word
+_CHUNK = 1 << 20  # elements; a multiple of 32, so that chunks begin with a mask word
 _FIRST_DECADE, _LAST_EXPONENT = -38, 385  # 10**38.5 is the last edge below fp32's largest
 _INFINITY = 0x7F80
 
