@@ -23,6 +23,7 @@ COMPILE_ARGS = [
     "-fno-math-errno",
     "-fvisibility=hidden",
     "-Wno-maybe-uninitialized",  # GCC 12 sees ghosts in its own AVX-512 header
+    "-Wno-uninitialized",
     "-Wno-psabi",  # wide vectors pass between inlined functions only
     f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}",
 ]

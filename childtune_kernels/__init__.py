@@ -3,12 +3,15 @@
 from ._version import __version__
 from .child_checkpoint import apply_child, child_diff, load_child, save_child
 from .child_mask import ChildMask
+from .fisher import FisherAccumulator
 from .group_options import lr_for
 from .optimizer import FusedChildAdamW
 from .registry import explain
+from .selection import random_child, select_child
 
 __all__ = [
     "ChildMask",
+    "FisherAccumulator",
     "FusedChildAdamW",
     "__version__",
     "apply_child",
@@ -16,5 +19,7 @@ __all__ = [
     "explain",
     "load_child",
     "lr_for",
+    "random_child",
     "save_child",
+    "select_child",
 ]

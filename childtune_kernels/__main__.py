@@ -6,9 +6,9 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from .commands import child, info
+from .commands import child, info, mask
 
-COMMANDS = (info, child)
+COMMANDS = (info, child, mask)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -1,4 +1,4 @@
-"""The tuned child alone: save, load, apply, diff (SPEC.md, section 7)."""
+"""The tuned child alone: save, load, apply, diff (SPEC.md, "Child checkpoints in files")."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def checkpoint_of(
 
 
 def fingerprint(tensors: Mapping[str, Tensor], mask: ChildMask, whole: Iterable[str]) -> str:
-    """SHA-256 of the weights outside the child (SPEC.md, section 7).
+    """SHA-256 of the weights outside the child (SPEC.md, "Child checkpoints in files").
 
     Args:
         tensors: label → weight, of the base or the tuned model.

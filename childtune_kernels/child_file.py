@@ -1,4 +1,4 @@
-"""ChildCheckpoint: what a child checkpoint holds, and its file (SPEC.md, section 7)."""
+"""ChildCheckpoint: what a child checkpoint holds, and its file (SPEC.md, "Child checkpoints in files")."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""ChildMask: named, bitpacked masks of a child network (SPEC.md, "Bit layout" and section 6)."""
+"""ChildMask: named, bitpacked masks of a child network (SPEC.md, "Bit layout" and "Masks in files")."""
 
 from __future__ import annotations
 
@@ -49,22 +49,22 @@ class ChildMask:
         Raises:
             ValueError: names that do not agree, words that do not fit their shape, no parameter.
         """
-        by_label = _by_label(words)
-        sizes = {label: _checked_shape(label, shape) for label, shape in _by_label(shapes).items()}
+        labelled = by_label(words)
+        sizes = {label: _checked_shape(label, shape) for label, shape in by_label(shapes).items()}
         dense_names = _checked_names(dense)
-        if by_label.keys() != sizes.keys():
-            odd = sorted(by_label.keys() ^ sizes.keys())
+        if labelled.keys() != sizes.keys():
+            odd = sorted(labelled.keys() ^ sizes.keys())
             raise ValueError(f"words and shapes name different parameters: {', '.join(odd[:8])}")
-        both = sorted(dense_names & by_label.keys())
+        both = sorted(dense_names & labelled.keys())
         if both:
             raise ValueError(
                 f"{', '.join(both[:8])} cannot be dense and have a mask; name them once"
             )
-        if not by_label and not dense_names:
+        if not labelled and not dense_names:
             raise ValueError("a child mask needs at least one parameter")
-        for label, tensor in by_label.items():
+        for label, tensor in labelled.items():
             ops.check_words(label, tensor, sizes[label].numel())
-        self.words = MappingProxyType(by_label)
+        self.words = MappingProxyType(labelled)
         self.shapes = MappingProxyType(sizes)
         self.dense_names = dense_names
 
@@ -80,7 +80,7 @@ class ChildMask:
         Raises:
             ValueError: a tensor that is not bool, a name twice, no parameter at all.
         """
-        labelled = _by_label(masks)
+        labelled = by_label(masks)
         for label, mask in labelled.items():
             if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
                 kind = mask.dtype if isinstance(mask, Tensor) else type(mask).__name__
@@ -180,7 +180,7 @@ class ChildMask:
         return ChildMask(moved, self.shapes, self.dense_names)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the mask as safetensors (SPEC.md, section 6); a file appears only when it is whole."""
+        """Write the mask as safetensors (SPEC.md, "Masks in files"); a file appears only when it is whole."""
         metadata = {
             "format": FORMAT,
             "version": VERSION,
@@ -290,7 +290,12 @@ def _checked_names(dense: Iterable[str]) -> frozenset[str]:
     return frozenset(labels)
 
 
-def _by_label(named: Mapping[str, _V]) -> dict[str, _V]:
+def by_label(named: Mapping[str, _V]) -> dict[str, _V]:
+    """The same values under the labels of their names.
+
+    Raises:
+        ValueError: two names have one label.
+    """
     labelled: dict[str, _V] = {}
     for name, value in named.items():
         label = label_of(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,7 @@ from . import registry
 from .plan_row import DTYPE_CODES, IndexMap
 
 KEEP_ALL = 1 << 32
+SCORE_UNIT = 1 << 16  # elements whose equal scores are counted together
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 
@@ -105,6 +107,76 @@ def observe(tensors: Sequence[Tensor], choice: registry.Choice) -> Tensor:
     return observed
 
 
+def fisher_accumulate_(
+    sums: Sequence[Tensor],
+    gradients: Sequence[Tensor],
+    choice: registry.Choice,
+    scale: float = 1.0,
+    labels: Sequence[str] | None = None,
+) -> None:
+    """Add squared gradients of many tensors to their sums: sum + scale · g² (SPEC.md, eq. 13).
+
+    Args:
+        sums: contiguous fp32 tensors of one device, none of them twice.
+        gradients: for each the gradient, of its shape and device, in fp32, fp64, bf16 or fp16 and with any
+            strides.
+        choice: what ``registry.choose("fisher_accumulate", device)`` gave.
+        scale: rounded once to fp32.
+        labels: names for the messages; without them positions.
+
+    Changes in place: the sums. Gradients are only read.
+
+    Raises:
+        ValueError: a scale that is not positive and finite in fp32, sums of another kind, a gradient that
+            is sparse, complex, or of another shape or device; nothing was written.
+    """
+    if len(sums) != len(gradients):
+        raise ValueError(f"{len(gradients)} gradients for {len(sums)} sums; give one for each")
+    # The reference multiplies by a Python number, which torch rounds to fp32 just so.
+    rounded = float(torch.tensor(scale, dtype=torch.float32, device="cpu"))
+    if not 0 < rounded < math.inf:
+        raise ValueError(f"scale={scale} is {rounded} in fp32; it must be positive and finite")
+    for index, (total, gradient) in enumerate(zip(sums, gradients, strict=True)):
+        check_squares(labels[index] if labels else f"#{index}", total, gradient)
+    if len({total.data_ptr() for total in sums if total.numel()}) < sum(
+        total.numel() > 0 for total in sums
+    ):
+        raise ValueError("two of the sums are the same tensor; two threads would write it at once")
+    plain = [g.detach().resolve_neg() if g.is_neg() else g.detach() for g in gradients]
+    if plain:
+        choice.module.fisher_accumulate_(sums, plain, rounded)
+
+
+def check_squares(label: str, total: Tensor, gradient: Tensor, anywhere: bool = False) -> None:
+    """Refuse a gradient whose squares cannot be added to ``total``.
+
+    ``anywhere``: the gradient may lie on another device.
+
+    Raises:
+        ValueError: as ``fisher_accumulate_`` says.
+    """
+    if gradient.layout != torch.strided:
+        raise ValueError(
+            f"gradient of {label}: layout {gradient.layout}; sparse gradients are not supported, use "
+            "sparse=False in the embedding or exclude the parameter"
+        )
+    if gradient.dtype not in DTYPE_CODES:
+        raise ValueError(
+            f"gradient of {label}: dtype {gradient.dtype} is not supported; "
+            "use float32, float64, bfloat16 or float16, or exclude the parameter"
+        )
+    if total.dtype != torch.float32 or not total.is_contiguous():
+        raise ValueError(
+            f"sums of {label}: {total.dtype} with strides {total.stride()}; contiguous float32 is needed"
+        )
+    if gradient.shape != total.shape or (gradient.device != total.device and not anywhere):
+        raise ValueError(
+            f"gradient of {label}: {tuple(gradient.shape)} on {gradient.device} for sums of "
+            f"{tuple(total.shape)} on {total.device}; make the accumulator after the model has been "
+            "changed or moved"
+        )
+
+
 def keep_words(
     numel: int,
     element_map: IndexMap,
@@ -170,6 +242,142 @@ def count_mask(words: Tensor, backend: str | None = None) -> int:
     """The number of bits set in mask words."""
     count: int = registry.choose("bitmask", words.device, backend).module.count_mask(words)
     return count
+
+
+def digit_histogram(
+    scores: Sequence[Tensor], shift: int, bits: int, prefix: int, backend: str | None = None
+) -> tuple[Tensor, Tensor]:
+    """One pass of a radix selection over all tensors (SPEC.md, eq. 15).
+
+    Of the scores whose key, shifted right by ``shift + bits``, is ``prefix``, the number for each
+    value of the ``bits`` key bits above the lowest ``shift``.
+
+    Args:
+        scores: contiguous fp32 tensors on one device; not changed.
+        shift, bits: where the digit lies in the key's 31 bits.
+        prefix: the key's bits above the digit.
+
+    Returns:
+        int64 ``[2**bits]`` counts, and int64 ``[len(scores)]``: how many scores of each tensor are NaN,
+        infinite or negative. Those are looked for in the first pass only (``shift + bits == 31``), and counts
+        have a meaning only where there are none.
+
+    Raises:
+        ValueError: scores that are no contiguous fp32 tensors of one device, or bits outside the key.
+    """
+    device = _check_scores(scores)
+    if not (shift >= 0 < bits and shift + bits <= 31 and 0 <= prefix < 1 << (31 - shift - bits)):
+        raise ValueError(
+            f"digit (shift={shift}, bits={bits}, prefix={prefix}) leaves a key's 31 bits"
+        )
+    module = registry.choose("topk_select", device, backend).module
+    counts, refused = module.digit_histogram(scores, shift, bits, prefix)
+    return counts, refused
+
+
+def select_words(
+    scores: Sequence[Tensor],
+    threshold: int,
+    largest: bool,
+    unit: int = SCORE_UNIT,
+    backend: str | None = None,
+) -> tuple[list[Tensor], Tensor]:
+    """Mask words of the scores beyond a key, and where those equal to it are (SPEC.md, eq. 15).
+
+    Args:
+        scores: contiguous fp32 tensors on one device, without NaN, infinity and negatives.
+        threshold: a key, or -1, or 2**31 - 1; the child's keys lie above it (``largest``) or below.
+        unit: equal scores are counted for every ``unit`` elements of a tensor, a multiple of 64.
+
+    Returns:
+        int32 mask words for each tensor, and int64 counts of the equal ones, one for each unit: tensor by
+        tensor, ``ceil(numel / unit)`` of them each.
+
+    Raises:
+        ValueError: scores of another kind, a threshold or unit out of range.
+    """
+    device = _check_scores(scores)
+    if not -1 <= threshold < 1 << 31:
+        raise ValueError(f"threshold={threshold} must be a key of 31 bits, or -1")
+    _check_unit(unit)
+    module = registry.choose("topk_select", device, backend).module
+    words, ties = module.select_words(scores, threshold, largest, unit)
+    return words, ties
+
+
+def take_ties_(
+    scores: Sequence[Tensor],
+    words: Sequence[Tensor],
+    threshold: int,
+    quotas: Tensor,
+    unit: int = SCORE_UNIT,
+    backend: str | None = None,
+) -> None:
+    """Set the bits of the first scores equal to a key, ``quotas`` many in each unit (SPEC.md, eq. 15).
+
+    Args:
+        scores, threshold, unit: as for ``select_words``.
+        words: what ``select_words`` gave; changed in place.
+        quotas: int64 ``[units]``, each at most the unit's count of equal scores.
+
+    Raises:
+        ValueError: scores of another kind, words or quotas that do not fit them.
+    """
+    device = _check_scores(scores)
+    _check_unit(unit)
+    units = sum(-(-score.numel() // unit) for score in scores)
+    if quotas.dtype != torch.int64 or quotas.shape != (units,) or len(words) != len(scores):
+        raise ValueError(
+            f"{len(words)} words and quotas of {quotas.dtype} {tuple(quotas.shape)} for {len(scores)} "
+            f"tensors; expected as many words, and int64 ({units},)"
+        )
+    module = registry.choose("topk_select", device, backend).module
+    module.take_ties_(scores, words, threshold, quotas, unit)
+
+
+def run_scores(
+    scores: Sequence[Tensor], granularity: int, backend: str | None = None
+) -> tuple[list[Tensor], Tensor]:
+    """The score of every run of ``granularity`` elements (SPEC.md, eq. 16).
+
+    Args:
+        scores: contiguous fp32 tensors on one device; not changed.
+        granularity: elements in a run, a multiple of 32.
+
+    Returns:
+        fp32 ``[ceil(numel / granularity)]`` for each tensor, and int64 ``[len(scores)]``: how many
+        elements of each tensor are NaN, infinite or negative.
+
+    Raises:
+        ValueError: scores of another kind, or another granularity.
+    """
+    device = _check_scores(scores)
+    if granularity < 32 or granularity % 32:
+        raise ValueError(f"granularity={granularity} must be a multiple of 32")
+    module = registry.choose("topk_select", device, backend).module
+    runs, refused = module.run_scores(scores, granularity)
+    return runs, refused
+
+
+def _check_unit(unit: int) -> None:
+    if unit < 64 or unit % 64:
+        raise ValueError(f"unit={unit} must be a multiple of 64")
+
+
+def _check_scores(scores: Sequence[Tensor]) -> torch.device:
+    """The device that all scores share, after a check of what they are."""
+    for at, score in enumerate(scores):
+        if score.dtype != torch.float32 or not score.is_contiguous():
+            raise ValueError(
+                f"scores {at}: {score.dtype}, strides {score.stride()}; make it contiguous fp32"
+            )
+        if score.device != scores[0].device:
+            raise ValueError(
+                f"scores {at}: on {score.device}, the first on {scores[0].device}; use one device"
+            )
+    if not scores:
+        raise ValueError("no scores were given; select among one tensor at least")
+    return scores[0].device
 
 
 def check_words(label: str, words: Tensor, numel: int) -> None:

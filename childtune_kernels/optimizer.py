@@ -58,7 +58,7 @@ class FusedChildAdamW(Optimizer):
     Changes in place: the parameters and its own state, never a gradient.
 
     Raises:
-        ValueError: an option out of range, a parameter or mask that does not fit (SPEC.md, section 8).
+        ValueError: an option out of range, a parameter or mask that does not fit (SPEC.md, "Errors").
         RuntimeError: the requested backend cannot serve.
 
     Source: Xu et al., EMNLP 2021; SPEC.md, eq. 1 to 12.

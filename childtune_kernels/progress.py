@@ -1,9 +1,12 @@
-"""A progress bar for long work."""
+"""Progress bars for long work."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import TypeVar
+
+_T = TypeVar("_T")
 
 PATIENCE = 2.0  # seconds; what is done by then needs no bar
 
@@ -23,3 +26,13 @@ def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], object]
         desc=what, total=total, unit="B", unit_scale=True, delay=PATIENCE, disable=None, leave=False
     ) as bar:
         yield bar.update
+
+
+def progress_of(items: Iterable[_T], what: str, total: int) -> Iterator[_T]:
+    """The items one by one, with a bar over their number under the same conditions."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        yield from items
+        return
+    yield from tqdm(items, what, total, delay=PATIENCE, disable=None, leave=False)

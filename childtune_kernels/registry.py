@@ -17,6 +17,12 @@ TABLE: dict[str, dict[str, str | None]] = {
     "observe": {"triton": None, "cpp": "cpp", "reference": "reference.observe"},
     "keep_words": {"triton": None, "cpp": "cpp", "reference": "reference.keep_words"},
     "bitmask": {"triton": None, "cpp": "cpp", "reference": "reference.bitmask"},
+    "fisher_accumulate": {
+        "triton": None,
+        "cpp": "cpp",
+        "reference": "reference.fisher_accumulate",
+    },
+    "topk_select": {"triton": None, "cpp": "cpp", "reference": "reference.topk_select"},
 }
 
 _warned: set[str] = set()
@@ -128,13 +134,13 @@ def explain(device: torch.device | str = "cpu") -> str:
     Returns:
         Lines of text; the chosen backend of each op is marked with ``*``.
     """
-    lines = [f"{'op':<14}{'backend':<12}{'':<3}why"]
+    lines = [f"{'op':<19}{'backend':<12}{'':<3}why"]
     chosen: set[str] = set()
     for cell in survey(device):
         mark = "-"
         if cell.available:
             mark = "+" if cell.op in chosen else "*"
             chosen.add(cell.op)
-        lines.append(f"{cell.op:<14}{cell.backend:<12}{mark:<3}{cell.reason}")
+        lines.append(f"{cell.op:<19}{cell.backend:<12}{mark:<3}{cell.reason}")
     lines.append("* chosen   + available   - not available")
     return "\n".join(lines)

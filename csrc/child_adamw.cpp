@@ -1,8 +1,7 @@
 // Op child_adamw: the launch. One call serves every row; the work is cut into units and shared by torch's
 // own threads.
-#include <vector>
-
 #include "launch.h"
+#include "units.h"
 
 namespace childtune {
 namespace {
@@ -29,22 +28,9 @@ void child_adamw_(Tensor rows, Tensor groups, int64_t capability) {
     first_unit.push_back(first_unit.back() + units_of(row[index]));
   }
 
-  torch::stable::parallel_for(0, first_unit.back(), kGrain, [&](int64_t begin, int64_t end) {
-    size_t at = 0;
-    for (size_t low = 0, high = active.size(); low < high;) {
-      const size_t middle = (low + high) / 2;
-      if (first_unit[middle + 1] <= begin) {
-        low = at = middle + 1;
-      } else {
-        high = middle;
-      }
-    }
-    for (int64_t unit = begin; unit < end; ++at) {
-      const PlanRow& current = row[active[at]];
-      const int64_t stop = end < first_unit[at + 1] ? end : first_unit[at + 1];
-      kernels.child_adamw_row(current, group[current.group], unit - first_unit[at], stop - first_unit[at]);
-      unit = stop;
-    }
+  for_units(first_unit, kGrain, [&](size_t at, int64_t first, int64_t last) {
+    const PlanRow& current = row[active[at]];
+    kernels.child_adamw_row(current, group[current.group], first, last);
   });
 }
 

@@ -50,20 +50,9 @@ CHILDTUNE_INLINE VecF32 current_weight(const Half* weight, const float* master) 
 CHILDTUNE_INLINE VecF32 current_weight(const float* weight, const float*) { return load<VecF32>(weight); }
 CHILDTUNE_INLINE VecF64 current_weight(const double* weight, const double*) { return load<VecF64>(weight); }
 
-// Measured on Zen 4 (2 cores, 32M fp32): asking the second-level cache for what comes 2 KiB later
-// brings a step from 0.99 to 0.85 of torch's fused AdamW, and CT_F from 1.15 to 0.88, because the
-// hardware's own prefetch stops at page ends and idles while Philox computes. 1 to 4 KiB do the same.
-constexpr uintptr_t kPrefetchBytes = 2048;
-
 // Where weight and gradient lie: in memory that is walked through, or where no prefetch can help,
 // in a buffer or a short stretch.
 enum Source { kStream, kNear };
-
-template <bool kForWriting>
-CHILDTUNE_INLINE void prefetch_ahead(const void* address) {
-  const uintptr_t ahead = reinterpret_cast<uintptr_t>(address) + kPrefetchBytes;
-  __builtin_prefetch(reinterpret_cast<const void*>(ahead), kForWriting, 1);
-}
 
 // The vector of a block that begins at its element `at`. `child` says which elements of the block may
 // change, `keep` (within child) whose gradient counts. `kWhole` promises that every bit of `child` is

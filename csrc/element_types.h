@@ -14,6 +14,14 @@ CHILDTUNE_INLINE VecF32 load_as(const BFloat16* source, VecF32) {
   return (VecF32)(__builtin_convertvector(load<HalfU16>(source), VecU32) << 16);
 }
 CHILDTUNE_INLINE VecF32 load_as(const Float16* source, VecF32) { return half_to_float(load<HalfU16>(source)); }
+// Doubles narrowed to nearest; the others are widened exactly.
+CHILDTUNE_INLINE VecF32 load_as(const double* source, VecF32) {
+  typedef float HalfF32 __attribute__((vector_size(kVectorBytes / 2)));
+  float lanes[kLanes32];
+  store(lanes, __builtin_convertvector(load<VecF64>(source), HalfF32));
+  store(lanes + kLanes64, __builtin_convertvector(load<VecF64>(source + kLanes64), HalfF32));
+  return load<VecF32>(lanes);
+}
 
 CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, BFloat16) {
   const VecU32 bits = (VecU32)value;

@@ -5,6 +5,23 @@
 
 namespace childtune {
 
+// One gradient and the fp32 sums it is added to, which are contiguous (SPEC.md, eq. 13). `levels` are the
+// gradient's (size, stride) pairs, outermost first, without dimensions of size 1; local index i has its digits.
+struct FisherRow {
+  float* sums;
+  const void* grad;
+  int64_t numel;
+  int64_t grad_dtype;
+  bool contiguous;
+  const IndexMap::Level* levels;
+  int level_count;
+};
+
+// The tables of a histogram pass: several, so that neighbours do not meet in a bin, and each with a
+// bin for what does not count and a distance that keeps equal bins out of one cache set.
+constexpr int kHistogramTables = 4;
+inline int64_t histogram_stride(int bits) { return (int64_t(1) << bits) + 16; }
+
 // The kernels of one instruction set. `first`..`last` count units of one row (plan_row.h), or 64-bit
 // words of one mask, so that any split over threads leaves the same bits.
 struct Kernels {
@@ -14,6 +31,15 @@ struct Kernels {
   void (*pack_mask)(const uint8_t* mask, int64_t numel, uint32_t* words, int64_t first, int64_t last);
   void (*unpack_mask)(const uint32_t* words, int64_t numel, uint8_t* mask, int64_t first, int64_t last);
   int64_t (*count_mask)(const uint32_t* words, int64_t word_count, int64_t first, int64_t last);
+  void (*fisher_accumulate_row)(const FisherRow& row, float scale, int64_t first, int64_t last);
+  // Op topk_select takes fp32 scores as their bits: a stretch of one tensor that starts at a multiple of
+  // 64 (run_scores: of the granularity). digit_histogram and run_scores return how many scores are NaN,
+  // infinite or negative, select_words how many have the threshold's key.
+  int64_t (*digit_histogram)(const uint32_t* scores, int64_t count, int shift, int bits, uint32_t prefix,
+                             uint32_t* tables);
+  int64_t (*select_words)(const uint32_t* scores, int64_t count, int32_t threshold, bool largest, uint32_t* words);
+  void (*take_ties)(const uint32_t* scores, int64_t count, int32_t threshold, int64_t quota, uint32_t* words);
+  int64_t (*run_scores)(const uint32_t* scores, int64_t count, int64_t granularity, float* runs);
 };
 
 enum Capability : int64_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <vector>
+
 #include "kernels.h"
 
 namespace childtune {
@@ -23,6 +25,15 @@ void keep_words_(Tensor words, int64_t numel, Tensor element_map, bool contiguou
 void pack_mask_(Tensor mask, Tensor words, int64_t capability);
 void unpack_mask_(Tensor words, Tensor mask, int64_t capability);
 int64_t count_mask(Tensor words, int64_t capability);
+void fisher_accumulate_(std::vector<Tensor> sums, std::vector<Tensor> gradients, double scale, int64_t capability);
+void digit_histogram_(std::vector<Tensor> scores, int64_t shift, int64_t bits, int64_t prefix, Tensor counts,
+                      Tensor refused, int64_t capability);
+void select_words_(std::vector<Tensor> scores, int64_t threshold, bool largest, int64_t unit,
+                   std::vector<Tensor> words, Tensor ties, int64_t capability);
+void take_ties_(std::vector<Tensor> scores, int64_t threshold, Tensor quotas, int64_t unit, std::vector<Tensor> words,
+                int64_t capability);
+void run_scores_(std::vector<Tensor> scores, int64_t granularity, std::vector<Tensor> runs, Tensor refused,
+                 int64_t capability);
 void observe_boxed(StableIValue* stack, uint64_t argument_count, uint64_t result_count);
 
 }  // namespace childtune

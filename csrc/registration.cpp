@@ -19,6 +19,17 @@ STABLE_TORCH_LIBRARY(childtune_kernels, m) {
   m.def("pack_mask_(Tensor mask, Tensor(a!) words, int capability) -> ()");
   m.def("unpack_mask_(Tensor words, Tensor(a!) mask, int capability) -> ()");
   m.def("count_mask(Tensor words, int capability) -> int");
+  m.def("fisher_accumulate_(Tensor(a!)[] sums, Tensor[] gradients, float scale, int capability) -> ()");
+  m.def(
+      "digit_histogram_(Tensor[] scores, int shift, int bits, int prefix, Tensor(a!) counts, Tensor(b!) refused, "
+      "int capability) -> ()");
+  m.def(
+      "select_words_(Tensor[] scores, int threshold, bool largest, int unit, Tensor(a!)[] words, Tensor(b!) ties, "
+      "int capability) -> ()");
+  m.def(
+      "take_ties_(Tensor[] scores, int threshold, Tensor quotas, int unit, Tensor(a!)[] words, int capability) -> ()");
+  m.def(
+      "run_scores_(Tensor[] scores, int granularity, Tensor(a!)[] runs, Tensor(b!) refused, int capability) -> ()");
   m.def("observe_(Tensor[] tensors, Tensor(a!) observed) -> ()");
   m.def("has_capability(int capability) -> bool");
   m.def("row_fields() -> str");
@@ -31,6 +42,11 @@ STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
   m.impl("pack_mask_", TORCH_BOX(&childtune::pack_mask_));
   m.impl("unpack_mask_", TORCH_BOX(&childtune::unpack_mask_));
   m.impl("count_mask", TORCH_BOX(&childtune::count_mask));
+  m.impl("fisher_accumulate_", TORCH_BOX(&childtune::fisher_accumulate_));
+  m.impl("digit_histogram_", TORCH_BOX(&childtune::digit_histogram_));
+  m.impl("select_words_", TORCH_BOX(&childtune::select_words_));
+  m.impl("take_ties_", TORCH_BOX(&childtune::take_ties_));
+  m.impl("run_scores_", TORCH_BOX(&childtune::run_scores_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CompositeExplicitAutograd, m) {

@@ -2,8 +2,8 @@
 // capability/ defines CHILDTUNE_CAPABILITY and CHILDTUNE_VECTOR_BYTES, opens the namespace of that
 // capability and the target pragma, and includes this header, so that nothing compiled for one
 // instruction set can be merged by the linker with the code of another.
-// Only what the extensions cannot say (square root, 32x32->64 multiply, selection by bits,
-// half precision) is spelled in intrinsics; each has a portable fallback.
+// Only what the extensions cannot say (square root, 32x32->64 multiply, selection by bits, bits of a
+// comparison, half precision) is spelled in intrinsics; each has a portable fallback.
 
 #define CHILDTUNE_INLINE inline __attribute__((always_inline))
 
@@ -36,6 +36,17 @@ CHILDTUNE_INLINE Vec load(const void* source) {
 template <class Vec>
 CHILDTUNE_INLINE void store(void* target, Vec vector) {
   __builtin_memcpy(target, &vector, sizeof(Vec));
+}
+
+// Measured on Zen 4 (2 cores, 32M fp32): asking the second-level cache for what comes 2 KiB later
+// brings a step from 0.99 to 0.85 of torch's fused AdamW, and CT_F from 1.15 to 0.88, because the
+// hardware's own prefetch stops at page ends and idles while Philox computes. 1 to 4 KiB do the same.
+constexpr uintptr_t kPrefetchBytes = 2048;
+
+template <bool kForWriting>
+CHILDTUNE_INLINE void prefetch_ahead(const void* address) {
+  const uintptr_t ahead = reinterpret_cast<uintptr_t>(address) + kPrefetchBytes;
+  __builtin_prefetch(reinterpret_cast<const void*>(ahead), kForWriting, 1);
 }
 
 template <class Vec, class Lane>
@@ -71,6 +82,9 @@ CHILDTUNE_INLINE HalfU16 float_to_half(VecF32 x) {
   return (HalfU16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
 
+// Bit k of the result is set where lane k of a comparison's result is.
+CHILDTUNE_INLINE uint64_t lane_bits(VecI32 mask) { return _mm512_movepi32_mask((__m512i)mask); }
+
 #else
 
 #if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 32
@@ -84,6 +98,7 @@ CHILDTUNE_INLINE VecF32 half_to_float(HalfU16 x) { return (VecF32)_mm256_cvtph_p
 CHILDTUNE_INLINE HalfU16 float_to_half(VecF32 x) {
   return (HalfU16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+CHILDTUNE_INLINE uint64_t lane_bits(VecI32 mask) { return uint32_t(_mm256_movemask_ps((__m256)mask)); }
 
 #else
 
@@ -108,6 +123,15 @@ CHILDTUNE_INLINE VecU64 multiply_low32(VecU64 a, VecU64 b) {
   return (VecU64)_mm_mul_epu32((__m128i)a, (__m128i)b);
 #else
   return (a & 0xFFFFFFFFu) * (b & 0xFFFFFFFFu);
+#endif
+}
+CHILDTUNE_INLINE uint64_t lane_bits(VecI32 mask) {
+#if defined(__x86_64__)
+  return uint32_t(_mm_movemask_ps((__m128)mask));
+#else
+  uint64_t bits = 0;
+  for (int lane = 0; lane < kLanes32; ++lane) bits |= uint64_t(mask[lane] & 1) << lane;
+  return bits;
 #endif
 }
 

@@ -1,4 +1,4 @@
-"""ChildMask in files: the format of SPEC.md section 6, and what is no such file."""
+"""ChildMask in files: the format of SPEC.md, "Masks in files", and what is no such file."""
 
 from __future__ import annotations
 

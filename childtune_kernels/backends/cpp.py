@@ -133,3 +133,55 @@ def count_mask(words: Tensor) -> int:
     """The number of set bits (contract: ops.count_mask)."""
     count: int = torch.ops.childtune_kernels.count_mask(words.contiguous(), capability())
     return count
+
+
+def fisher_accumulate_(sums: Sequence[Tensor], gradients: Sequence[Tensor], scale: float) -> None:
+    """Add every scaled squared gradient to its sums (contract: ops.fisher_accumulate_)."""
+    torch.ops.childtune_kernels.fisher_accumulate_.default(sums, gradients, scale, capability())
+
+
+def digit_histogram(
+    scores: Sequence[Tensor], shift: int, bits: int, prefix: int
+) -> tuple[Tensor, Tensor]:
+    """Counts of one digit, and of refused scores (contract: ops.digit_histogram)."""
+    counts = torch.zeros(1 << bits, dtype=torch.int64, device="cpu")
+    refused = torch.zeros(len(scores), dtype=torch.int64, device="cpu")
+    torch.ops.childtune_kernels.digit_histogram_(
+        scores, shift, bits, prefix, counts, refused, capability()
+    )
+    return counts, refused
+
+
+def select_words(
+    scores: Sequence[Tensor], threshold: int, largest: bool, unit: int
+) -> tuple[list[Tensor], Tensor]:
+    """Words beyond a key and counts of equals (contract: ops.select_words)."""
+    words = [_empty(score, 32, torch.int32) for score in scores]
+    units = sum(-(-score.numel() // unit) for score in scores)
+    ties = torch.empty(units, dtype=torch.int64, device="cpu")
+    torch.ops.childtune_kernels.select_words_(
+        scores, threshold, largest, unit, words, ties, capability()
+    )
+    return words, ties
+
+
+def take_ties_(
+    scores: Sequence[Tensor], words: Sequence[Tensor], threshold: int, quotas: Tensor, unit: int
+) -> None:
+    """Set the bits of the first equals of each unit (contract: ops.take_ties_)."""
+    torch.ops.childtune_kernels.take_ties_(
+        scores, threshold, quotas.contiguous(), unit, words, capability()
+    )
+
+
+def run_scores(scores: Sequence[Tensor], granularity: int) -> tuple[list[Tensor], Tensor]:
+    """Sums of runs, and counts of refused elements (contract: ops.run_scores)."""
+    runs = [_empty(score, granularity, torch.float32) for score in scores]
+    refused = torch.zeros(len(scores), dtype=torch.int64, device="cpu")
+    torch.ops.childtune_kernels.run_scores_(scores, granularity, runs, refused, capability())
+    return runs, refused
+
+
+def _empty(score: Tensor, each: int, dtype: torch.dtype) -> Tensor:
+    """Room for one value of every ``each`` elements."""
+    return torch.empty(-(-score.numel() // each), dtype=dtype, device="cpu")

@@ -94,6 +94,26 @@ void step(const Kernels& kernels, int64_t layout, int64_t dtype, int64_t grad_dt
   add(masters.data(), masters.size() * sizeof(Real));
 }
 
+void squares(const Kernels& kernels, int64_t dtype, bool contiguous) {
+  const int64_t numel = 1003;  // 17 by 59
+  std::vector<double> grad(numel);
+  for (double& value : grad) {
+    const double wide = random_unit();
+    const float singles[2] = {float(wide), float(random_unit())};
+    const uint16_t halves[4] = {random_half(), random_half(), random_half(), random_half()};
+    const void* source = dtype == kFloat64   ? (const void*)&wide
+                         : dtype == kFloat32 ? (const void*)singles
+                                             : (const void*)halves;
+    std::memcpy(&value, source, sizeof value);
+  }
+  std::vector<float> sums(numel, 0.25f);
+  const IndexMap::Level whole[] = {{numel, 1}}, transposed[] = {{59, 1}, {17, 59}};
+  const FisherRow row = {sums.data(), grad.data(), numel, dtype, contiguous, contiguous ? whole : transposed,
+                         contiguous ? 1 : 2};
+  for (int record = 0; record < 3; ++record) kernels.fisher_accumulate_row(row, 0.3f, 0, (numel + 63) / 64);
+  add(sums.data(), sums.size() * sizeof(float));
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -116,6 +136,8 @@ int main(int, char** arguments) {
   std::vector<uint32_t> words(21);
   kernels->keep_words(0x1234567890ABCDEFu, 7, 0, 1288490189u, column_shard, false, 660, words.data(), 0, 11);
   add(words.data(), words.size() * 4);
+  for (int64_t dtype : {kFloat32, kFloat64, kBFloat16, kFloat16})
+    for (bool contiguous : {true, false}) squares(*kernels, dtype, contiguous);
   std::printf("%016llx\n", static_cast<unsigned long long>(digest));
   return 0;
 }

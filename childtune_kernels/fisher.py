@@ -1,0 +1,326 @@
+"""FisherAccumulator: the diagonal Fisher information of a model's weights, example by example."""
+
+from __future__ import annotations
+
+import math
+import os
+import warnings
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from . import ops, registry
+from .fisher_examples import LossFunction, example_gradients
+from .fisher_recording import Recording
+from .fisher_scope import Patterns, scope_of, shortened
+from .fisher_sums import FisherSums, checked_count
+
+
+class FisherAccumulator(FisherSums):
+    """Sums of squared gradients of a model's weights (SPEC.md, "Fisher information").
+
+    A record is one squared gradient: of one example, as the paper has it, or of the mean loss of several,
+    which is cheaper and another quantity. Put the model in eval mode: with dropout the squares would
+    contain its noise, and batch norm in train mode mixes the examples of a batch. Frozen parameters are
+    left out; trainable ones outside the scope train densely under the mask.
+
+    Args:
+        model: its parameters are read; nothing of it changes.
+        include: patterns (``fnmatch``) on parameter names; None takes all. One pattern may be text alone.
+        exclude: patterns of parameters to leave out, whatever ``include`` says.
+        offload: ``"cpu"`` keeps the sums in main memory and moves gradients there a tensor at a time;
+            None keeps them beside the parameters.
+        backend: of op fisher_accumulate; None takes the first available one.
+
+    Example::
+
+        fisher = FisherAccumulator(model.eval(), exclude=("*embeddings*", "classifier*"))
+        with fisher.recording():
+            for example in loader:  # batch size 1
+                loss(model, example).backward()
+        mask = fisher.child_mask(reserve_p=0.3)
+
+    Raises:
+        TypeError: no module, or patterns that are not text.
+        ValueError: a pattern that matches no parameter; nothing in scope; an unknown ``offload`` or
+            ``backend``.
+        RuntimeError: the chosen backend does not serve here.
+    """
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        include: Patterns = None,
+        exclude: Patterns = (),
+        *,
+        offload: str | None = None,
+        backend: str | None = None,
+    ) -> None:
+        if offload not in (None, "cpu"):
+            raise ValueError(f"offload={offload!r} is unknown; use 'cpu' or None")
+        scope = scope_of(model, include, exclude)
+        sums = {
+            member.label: torch.zeros(
+                member.parameter.shape,
+                dtype=torch.float32,
+                device=offload or member.parameter.device,
+            )
+            for member in scope.members
+        }
+        super().__init__(
+            sums,
+            {},
+            [member.label for member in scope.dense],
+            include=scope.include,
+            exclude=scope.exclude,
+            without_gradient=sums,
+        )
+        self._choices = {
+            device: registry.choose("fisher_accumulate", device, backend)
+            for device in {total.device for total in sums.values()}
+        }
+        self._offloaded = offload is not None
+        self._model, self._members, self._others = model, scope.members, scope.dense
+        self._recording: Recording | None = None
+        self._warned = False
+
+    @overload
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], model: None = None) -> FisherSums: ...
+
+    @overload
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: torch.nn.Module,
+        *,
+        offload: str | None = None,
+        backend: str | None = None,
+    ) -> FisherAccumulator: ...
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        model: torch.nn.Module | None = None,
+        *,
+        offload: str | None = None,
+        backend: str | None = None,
+    ) -> FisherSums:
+        """Read what ``save`` wrote.
+
+        Args:
+            path: the file.
+            model: the model that the sums are of, to go on recording; without it the sums lie on the CPU
+                and are for reading, merging and ``child_mask``.
+            offload, backend: as at construction.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: another kind of file, a damaged or altered one, or another model.
+        """
+        stored = FisherSums.load(path)
+        if model is None:
+            return stored
+        fisher = cls(model, stored.include, stored.exclude, offload=offload, backend=backend)
+        fisher.merge(stored)
+        return fisher
+
+    @contextmanager
+    def recording(
+        self, examples_per_backward: int = 1, *, grad_scale: float = 1.0
+    ) -> Iterator[FisherAccumulator]:
+        """While this block runs, every backward is a record: its gradients are squared and freed one by one.
+
+        One outermost backward is one record, a backward that a checkpoint starts inside it is not. A
+        backward that reaches no trainable parameter is not seen, nor is ``torch.autograd.grad``. What
+        stood in ``.grad`` is put back at the end, also for parameters outside the scope.
+
+        Args:
+            examples_per_backward: of how many examples each backward's loss is the mean; 1 gives the paper's
+                Fisher. For a shorter last batch open another block.
+            grad_scale: the factor S by which the loss is multiplied (``GradScaler.get_scale()``); squares are
+                divided by S².
+
+        Raises:
+            ValueError: counts below 1, or a scale whose 1/S² is not positive and finite in fp32.
+            RuntimeError: a recording is running already; a gradient arrived twice within one backward; a
+                backward raised half-way, after which the sums are of no use (``reset`` clears them).
+        """
+        examples = checked_count("examples_per_backward", examples_per_backward)
+        scale = _square_scale(grad_scale)
+        self._require_idle()
+        self._warn_of_training(4)
+
+        def add(label: str, gradient: Tensor) -> None:
+            self._add({label: gradient}, scale)
+
+        def count(arrived: set[str]) -> None:
+            self._count(examples, arrived)
+
+        self._recording = Recording(self._members, self._others, add, count)
+        self._recording.start()
+        try:
+            yield self
+        finally:
+            recording, self._recording = self._recording, None
+            self._broken = recording.stop() or self._broken
+        self._require_whole()
+
+    def accumulate(self, examples: int = 1, *, grad_scale: float = 1.0) -> None:
+        """Add what stands in ``.grad`` as one record; the gradients are only read.
+
+        Args:
+            examples: of how many examples the loss was the mean.
+            grad_scale: as for ``recording``.
+
+        Raises:
+            ValueError: as ``recording``; a gradient that cannot be squared. Nothing was added.
+            RuntimeError: no parameter in scope has a gradient; a recording is running.
+        """
+        examples, scale = checked_count("examples", examples), _square_scale(grad_scale)
+        self._require_idle()
+        gradients = {
+            member.label: member.parameter.grad
+            for member in self._members
+            if member.parameter.grad is not None
+        }
+        if not gradients:
+            raise RuntimeError(
+                "no parameter in scope has a gradient; call accumulate() after backward and before zero_grad"
+            )
+        self._warn_of_training(3)
+        self._add(gradients, scale)
+        self._count(examples, gradients)
+
+    def record_examples(self, loss_fn: LossFunction, batch: Any, chunk: int | None = None) -> None:
+        """Add a record for every example of a batch, with gradients by ``torch.func``.
+
+        The sums are those of a loop over the examples up to rounding, whatever the chunk. Parameters,
+        buffers, ``.grad`` and random numbers are left alone; a model that draws any is refused.
+
+        Args:
+            loss_fn: ``loss_fn(model, example)`` → one number. ``model`` stands for the model and can only
+                be called; ``example`` is the batch cut to one example, with a first dimension of 1, so that a
+                loss for ordinary batches serves.
+            batch: tensors whose first dimension counts examples, alone or in dicts, lists and tuples.
+            chunk: how many examples at once; memory grows with chunk · parameters. None takes all.
+
+        Example::
+
+            def loss(model, example):
+                return F.cross_entropy(model(example["x"]), example["y"])
+
+            for batch in loader:
+                fisher.record_examples(loss, batch, chunk=8)
+
+        Raises:
+            ValueError, TypeError: a batch, chunk or loss of another kind.
+            RuntimeError: ``torch.func`` cannot run the model: batch norm or dropout in train mode, control
+                flow that depends on data; ``recording`` with a batch of one can. The message says how many
+                examples of the batch are recorded.
+        """
+        self._require_idle()
+        labels = [member.label for member in self._members]
+        for gradients in example_gradients(self._model, self._members, loss_fn, batch, chunk):
+            self._add(dict(zip(labels, gradients, strict=True)), 1.0)
+            # torch.func gives zeros where there is no gradient; without_gradient looks at the sums.
+            self._functional = True
+            self._count(1, ())
+
+    def reset(self) -> None:
+        """Set sums and counts to zero, also after a backward that stopped half-way.
+
+        Raises:
+            RuntimeError: a recording is running.
+        """
+        if self._recording is not None:
+            raise RuntimeError("this accumulator is recording; leave that block first")
+        self._broken = False
+        for total in self._sums.values():
+            total.zero_()
+        self._records.clear()
+        self._seen.clear()
+        self._functional = False
+
+    def _require_whole(self) -> None:
+        if self._recording is not None and self._recording.holds_a_part():
+            self._broken = True
+        super()._require_whole()
+
+    def _require_idle(self) -> None:
+        if self._recording is not None:
+            raise RuntimeError(
+                "this accumulator is recording, and every backward is counted; leave that block first"
+            )
+        self._require_whole()
+
+    def _add(self, gradients: Mapping[str, Tensor], scale: float) -> None:
+        """Add squared gradients, in one call for each device."""
+        for label, gradient in gradients.items():
+            total = self._sums[label]
+            ops.check_squares(label, total, gradient, anywhere=self._offloaded)
+        try:
+            if self._offloaded:
+                for label, gradient in gradients.items():
+                    self._add_here({label: gradient.detach().cpu()}, scale)
+            else:
+                self._add_here(gradients, scale)
+        except BaseException:
+            self._broken = True
+            raise
+
+    def _add_here(self, gradients: Mapping[str, Tensor], scale: float) -> None:
+        for device, choice in self._choices.items():
+            labels = [label for label in gradients if self._sums[label].device == device]
+            ops.fisher_accumulate_(
+                [self._sums[label] for label in labels],
+                [gradients[label] for label in labels],
+                choice,
+                scale,
+                labels,
+            )
+
+    def _count(self, examples: int, arrived: Collection[str]) -> None:
+        self._records[examples] = self._records.get(examples, 0) + 1
+        self._seen.update(arrived)
+
+    def _warn_of_training(self, stacklevel: int) -> None:
+        """Say once that a model in train mode gives other squares than the paper's."""
+        if self._warned:
+            return
+        noisy = [name for name, module in self._model.named_modules() if _mixes_or_draws(module)]
+        if noisy:
+            self._warned = True
+            warnings.warn(
+                f"{shortened(noisy)} in train mode: dropout puts its noise into the squares, batch norm "
+                "mixes the examples of a batch; call model.eval() before recording",
+                UserWarning,
+                stacklevel=stacklevel,
+            )
+
+
+def _mixes_or_draws(module: torch.nn.Module) -> bool:
+    if not module.training:
+        return False
+    if isinstance(module, torch.nn.modules.dropout._DropoutNd):
+        return module.p > 0
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm)
+
+
+def _square_scale(grad_scale: float) -> float:
+    """1/S², by which squares of gradients of a loss times S are multiplied."""
+    try:
+        scale = 1.0 / float(grad_scale) ** 2
+    except (ZeroDivisionError, OverflowError):
+        scale = math.nan
+    rounded = float(torch.tensor(scale, dtype=torch.float32, device="cpu"))
+    if not (0 < rounded < math.inf and grad_scale > 0):
+        raise ValueError(
+            f"grad_scale={grad_scale!r} must be positive, and 1/S² positive and finite in float32"
+        )
+    return scale

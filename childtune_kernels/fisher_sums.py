@@ -1,0 +1,282 @@
+"""Sums of squared gradients with their counts: what is read, merged, saved, and made into a mask."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Iterable, Mapping
+from types import MappingProxyType
+from typing import TypeVar
+
+from torch import Tensor
+
+from . import ops
+from .child_mask import ChildMask, by_label
+from .fisher_files import StoredFisher, read_fisher, save_fisher
+from .fisher_scope import near_labels, shortened
+from .labels import label_of
+from .selection import select_child
+
+PER_EXAMPLE, BATCH_MEAN, MIXED = "per example", "batch mean squares", "mixed"
+
+_Sums = TypeVar("_Sums", bound="FisherSums")
+
+
+class FisherSums:
+    """The Fisher information of a model's weights without the model (SPEC.md, "Fisher information").
+
+    ``FisherAccumulator`` is one that records; a loaded file is one too, and so is what other programs or
+    ranks have summed.
+
+    Args:
+        sums: name → contiguous fp32 sum of squared gradients, taken as it is and not copied.
+        records_by_size: examples per record → number of records.
+        dense: names of parameters that train densely.
+        include, exclude: the patterns that led to this scope, for the metadata.
+        without_gradient: names among ``sums`` that never got a gradient.
+
+    Raises:
+        ValueError: sums of another type, a name twice, counts below 1.
+    """
+
+    def __init__(
+        self,
+        sums: Mapping[str, Tensor],
+        records_by_size: Mapping[int, int],
+        dense: Iterable[str] = (),
+        *,
+        include: Iterable[str] | None = None,
+        exclude: Iterable[str] = (),
+        without_gradient: Iterable[str] = (),
+    ) -> None:
+        self._sums = by_label(sums)
+        for label, total in self._sums.items():
+            ops.check_squares(label, total, total)
+        self._dense = tuple(map(label_of, dense))
+        both = self._sums.keys() & set(self._dense)
+        if both:
+            raise ValueError(
+                f"{shortened(sorted(both))} cannot be dense and have sums; name them once"
+            )
+        self.include = None if include is None else tuple(include)
+        self.exclude = tuple(exclude)
+        self._records = {
+            checked_count("examples per record", size): checked_count("records", count)
+            for size, count in records_by_size.items()
+        }
+        self._seen = self._sums.keys() - set(map(label_of, without_gradient))
+        # Whether gradients came from torch.func, which gives zeros where there is none.
+        self._functional = False
+        self._broken = False
+
+    @property
+    def sums(self) -> Mapping[str, Tensor]:
+        """Label → fp32 sum of squares, in the model's order: the accumulator's own tensors."""
+        self._require_whole()
+        return MappingProxyType(self._sums)
+
+    @property
+    def records_by_size(self) -> Mapping[int, int]:
+        """Examples per record → number of records."""
+        self._require_whole()
+        return MappingProxyType(self._records)
+
+    @property
+    def records(self) -> int:
+        """The number of records: squared gradients per element."""
+        return sum(self.records_by_size.values())
+
+    @property
+    def examples(self) -> int:
+        """The number of examples that the records were made of."""
+        return sum(size * count for size, count in self.records_by_size.items())
+
+    @property
+    def kind(self) -> str:
+        """``"per example"``, ``"batch mean squares"`` or ``"mixed"``; the first without records."""
+        sizes = self.records_by_size.keys()
+        if not sizes - {1}:
+            return PER_EXAMPLE
+        return MIXED if 1 in sizes else BATCH_MEAN
+
+    @property
+    def names(self) -> list[str]:
+        """The labels in scope, in the model's order."""
+        return list(self._sums)
+
+    @property
+    def dense_names(self) -> frozenset[str]:
+        """The labels of trainable parameters outside the scope."""
+        return frozenset(self._dense)
+
+    @property
+    def without_gradient(self) -> list[str]:
+        """Labels in scope that got no gradient in any record; their Fisher information is zero."""
+        self._require_whole()
+        return [
+            label
+            for label, total in self._sums.items()
+            if label not in self._seen and not (self._functional and bool(total.any()))
+        ]
+
+    def values(self) -> dict[str, Tensor]:
+        """Label → Fisher information: the mean square per record, fp32, in new tensors.
+
+        Raises:
+            RuntimeError: there is no record.
+        """
+        return {label: self[label] for label in self._sums}
+
+    def __getitem__(self, name: str) -> Tensor:
+        label, records = label_of(name), self._require_records()
+        if label not in self._sums:
+            why = "trains densely" if label in self._dense else "is not in scope"
+            near = near_labels(label, self.names)
+            raise KeyError(f"{label} {why}; in scope are {shortened(near)}")
+        return self._sums[label] / records
+
+    def child_mask(
+        self,
+        reserve_p: float | None = None,
+        *,
+        k: int | None = None,
+        scope: str = "global",
+        granularity: int = 1,
+        largest: bool = True,
+        rule: str = "exact",
+    ) -> ChildMask:
+        """The child network of the weights with the most Fisher information.
+
+        Trainable parameters outside the scope train densely, so the mask fits
+        ``FusedChildAdamW(model.named_parameters(), child_mask=mask)``. It is selected from the sums, which
+        are in the order of the means; sums on several devices are copied to the CPU. Parameters without
+        a gradient draw a warning. Arguments: ``select_child``.
+
+        Raises:
+            ValueError: as ``select_child``, above all NaN or infinite sums, by name.
+            RuntimeError: there is no record.
+        """
+        self._require_records()
+        idle = self.without_gradient
+        if idle:
+            warnings.warn(
+                f"{len(idle)} parameters got no gradient, so their Fisher information is zero: "
+                f"{shortened(idle)}; exclude what shall train densely, freeze what shall not train",
+                UserWarning,
+                stacklevel=2,
+            )
+        sums = self._sums
+        if len({total.device for total in sums.values()}) > 1:
+            sums = {label: total.cpu() for label, total in sums.items()}
+        return select_child(
+            sums,
+            reserve_p=reserve_p,
+            k=k,
+            scope=scope,
+            granularity=granularity,
+            largest=largest,
+            dense=self._dense,
+            rule=rule,
+        )
+
+    def merge(self, other: FisherSums) -> None:
+        """Add another accumulator's sums and counts, as of another run over other examples.
+
+        Where one was recorded per example and the other was not, the kind becomes ``"mixed"``. Each sum is
+        rounded once more, so that the order of merging can show in the last bits.
+
+        Raises:
+            TypeError: no accumulator.
+            ValueError: another scope, other shapes. Nothing was added.
+            RuntimeError: one of the two holds a part of a record.
+        """
+        if not isinstance(other, FisherSums):
+            raise TypeError(f"other must be a FisherAccumulator, not {type(other).__name__}")
+        self._require_whole()
+        other._require_whole()
+        self._require_scope(other)
+        arrived = other._sums.keys() - set(other.without_gradient)
+        for label, total in self._sums.items():
+            total.add_(other._sums[label].to(total.device))
+        for size, count in dict(other._records).items():
+            self._records[size] = self._records.get(size, 0) + count
+        self._seen |= arrived
+
+    def __iadd__(self: _Sums, other: FisherSums) -> _Sums:
+        self.merge(other)
+        return self
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write sums, counts and scope as safetensors; the file appears only when it is whole.
+
+        Raises:
+            FileNotFoundError: the directory does not exist.
+            RuntimeError: the sums hold a part of a record.
+        """
+        stored = StoredFisher(
+            sums=dict(self.sums),
+            records_by_size=dict(self._records),
+            dense=list(self._dense),
+            include=None if self.include is None else list(self.include),
+            exclude=list(self.exclude),
+            without_gradient=self.without_gradient,
+        )
+        save_fisher(path, stored, self.kind)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> FisherSums:
+        """Read what ``save`` wrote; the sums lie on the CPU.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: another kind of file, or a damaged or altered one.
+        """
+        return FisherSums(**vars(read_fisher(path)))
+
+    def __repr__(self) -> str:
+        state = ", stopped half-way" if self._broken else ""
+        return (
+            f"{type(self).__name__}({len(self._sums)} parameters, {len(self._dense)} dense; "
+            f"{sum(self._records.values()):,} records{state})"
+        )
+
+    def _require_whole(self) -> None:
+        if self._broken:
+            raise RuntimeError(
+                "a backward stopped half-way, so the sums hold a part of its gradients; call reset() or "
+                "make a new FisherAccumulator, and record from the start"
+            )
+
+    def _require_records(self) -> int:
+        records = self.records
+        if not records:
+            raise RuntimeError("there is no record yet; run a backward within recording() first")
+        return records
+
+    def _require_scope(self, other: FisherSums) -> None:
+        for what, own, others in (
+            ("in scope", self._sums.keys(), other._sums.keys()),
+            ("dense", set(self._dense), set(other._dense)),
+        ):
+            if own != others:
+                raise ValueError(
+                    f"the scopes differ: {shortened(sorted(own ^ others))} is {what} in one of them only; "
+                    "use the same model and patterns"
+                )
+        for label, total in self._sums.items():
+            if total.shape != other._sums[label].shape:
+                raise ValueError(
+                    f"the sums of {label} have shape {tuple(total.shape)} and "
+                    f"{tuple(other._sums[label].shape)}; use the same model"
+                )
+
+
+def checked_count(what: str, count: int) -> int:
+    """A number of examples or records as it is.
+
+    Raises:
+        ValueError: no int of 1 or more.
+    """
+    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+        raise ValueError(f"{what}: {count!r} must be an int, 1 or more")
+    return count

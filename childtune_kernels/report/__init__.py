@@ -1,0 +1,1 @@
+"""Tables and pictures of masks: densities, overlaps, the Fisher spectrum."""

@@ -1,0 +1,36 @@
+"""Plain text: aligned columns, and percentages that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> str:
+    """Rows of cells as lines: the first column to the left, all others to the right.
+
+    Args:
+        rows: rows of equal length; the first is the header and gets a rule under it.
+    """
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = [
+        "  ".join(
+            [row[0].ljust(widths[0])]
+            + [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        ).rstrip()
+        for row in rows
+    ]
+    return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def percent(share: float) -> str:
+    """A share as per cent without the sign, in at most five characters; a trace is never ``0``."""
+    hundred = 100 * share
+    if hundred == 0:
+        return "0"
+    if hundred < 0.005:
+        return "<0.01"
+    if hundred < 9.995:
+        return f"{hundred:.2f}"
+    if share < 1:
+        return min(f"{hundred:.1f}", "99.9", key=float)
+    return "100"

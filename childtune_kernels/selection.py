@@ -1,0 +1,364 @@
+"""From Fisher information to a child mask: exact selection, and the controls (SPEC.md, "Selection")."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import math
+import numbers
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from fractions import Fraction
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .child_mask import ChildMask, by_label
+from .labels import philox_key
+from .plan_row import contiguous_map
+from .radix_select import first_key_from, place_of, refuse_unordered, value_of, words_up_to
+
+SCOPES = ("global", "tensor")
+RULES = ("exact", "percentile")
+
+_RANDOM_CHILD = 4  # purpose, SPEC.md eq. 2
+_INTERPOLATIONS = 8  # then halving, which ends whatever the words are
+
+
+def select_child(
+    fisher: Mapping[str, Tensor],
+    *,
+    reserve_p: float | None = None,
+    k: int | None = None,
+    scope: str = "global",
+    granularity: int = 1,
+    largest: bool = True,
+    dense: Iterable[str] = (),
+    rule: str = "exact",
+    backend: str | None = None,
+) -> ChildMask:
+    """The child of the k elements of largest Fisher information (SPEC.md, eq. 14 to 16).
+
+    Exactly k bits are set; elements of equal value follow the order of ``fisher`` and of their index.
+
+    Args:
+        fisher: parameter name → Fisher information in the parameter's shape, fp32, all on one
+            device. Wrappers' prefixes are taken off the names. bf16, fp16 and non-contiguous
+            tensors are copied for the call.
+        reserve_p: the share of the elements (with granularity: of the runs) in the child, in (0, 1].
+        k: their number instead, over all parameters; not with scope "tensor".
+        scope: "global" ranks all elements together, "tensor" each parameter by itself.
+        granularity: 1, or a multiple of 32: whole runs of so many consecutive elements are in or out.
+        largest: False takes the elements of smallest Fisher information, a control.
+        dense: names of parameters that train densely.
+        rule: "percentile" keeps every element at or above the percentile, as the original code does, and
+            so everything where most values are 0; with ``reserve_p`` alone.
+        backend: None, or the backend to use.
+
+    Returns:
+        A mask with the words of every parameter of ``fisher``, on its device.
+
+    Warns:
+        UserWarning: k is larger than the number of non-zero values, so that zeros are in the child.
+
+    Raises:
+        ValueError: NaN, infinity or a negative value (names the parameter); a run whose sum overflows;
+            options out of range (SPEC.md, "Errors").
+    """
+    named = by_label(fisher)
+    _check_options(reserve_p, k, scope, granularity, rule, largest)
+    scores = {label: _contiguous_fp32(label, value) for label, value in named.items()}
+    if len({value.device for value in scores.values()}) > 1:
+        where = ", ".join(f"{label} on {value.device}" for label, value in scores.items())
+        raise ValueError(
+            f"the Fisher information lies on several devices; move it to one ({where})"
+        )
+    size = _Size(reserve_p, k)
+    if rule == "percentile":
+        words = _percentile_words(scores, size, backend)
+    else:
+        scopes = [scores] if scope == "global" else [{label: scores[label]} for label in scores]
+        selections = [
+            _selected(each, size, granularity, largest, backend) for each in scopes if each
+        ]
+        _warn_of_zeros(selections)
+        words = {label: each for found in selections for label, each in found.words.items()}
+    return ChildMask(words, {label: value.shape for label, value in named.items()}, dense)
+
+
+def random_child(
+    shapes: Mapping[str, Sequence[int] | Tensor],
+    reserve_p: float,
+    seed: int,
+    *,
+    dense: Iterable[str] = (),
+) -> ChildMask:
+    """A child of as many elements as ``select_child``'s, but drawn at random (SPEC.md, "Random child").
+
+    The same seed and names give the same child on every machine; a smaller ``reserve_p`` a subset of it.
+
+    Args:
+        shapes: parameter name → its shape, or a tensor of that shape.
+        reserve_p: the share of all elements that is in the child, in (0, 1].
+        seed: any int.
+        dense: names of parameters that train densely.
+
+    Returns:
+        A mask with words on the CPU. A bar shows the passes of a draw that takes more than some seconds,
+        where tqdm is installed.
+
+    Raises:
+        ValueError: ``reserve_p`` out of range, a seed that is no int, or a name twice.
+    """
+    _check_share(reserve_p)
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise ValueError(f"seed={seed!r} must be an int; the child is a function of it")
+    sizes = {
+        label: torch.Size(shape.shape if isinstance(shape, Tensor) else shape)
+        for label, shape in by_label(shapes).items()
+    }
+    draws = [_Draw(philox_key(seed, label), size.numel()) for label, size in sizes.items()]
+    words = _smallest_words(draws, child_size(reserve_p, sum(draw.numel for draw in draws)))
+    return ChildMask(dict(zip(sizes, words, strict=True)), sizes, dense)
+
+
+def child_size(reserve_p: float, numel: int) -> int:
+    """The number of child elements among ``numel`` (SPEC.md, eq. 14)."""
+    return min(numel, max(1, math.floor(Fraction(reserve_p) * numel + Fraction(1, 2))))
+
+
+class _Size(NamedTuple):
+    """What was asked for: a share or a number."""
+
+    reserve_p: float | None
+    k: int | None
+
+    def of(self, numel: int, granularity: int = 1) -> int:
+        if self.reserve_p is not None:
+            return child_size(self.reserve_p, numel)
+        if self.k is None or not 1 <= self.k <= numel:
+            what = "elements" if granularity == 1 else f"runs of {granularity} elements"
+            raise ValueError(f"k={self.k} must lie in 1..{numel}, the number of {what} in scope")
+        return self.k
+
+
+def _check_share(reserve_p: float) -> None:
+    number = isinstance(reserve_p, numbers.Real) and not isinstance(reserve_p, bool)
+    if not number or not 0 < reserve_p <= 1:
+        raise ValueError(f"reserve_p={reserve_p!r} must lie in (0, 1]")
+
+
+def _check_options(
+    reserve_p: float | None, k: int | None, scope: str, granularity: int, rule: str, largest: bool
+) -> None:
+    if (reserve_p is None) == (k is None):
+        raise ValueError(f"reserve_p={reserve_p!r} and k={k!r}: give exactly one of them")
+    if reserve_p is not None:
+        _check_share(reserve_p)
+    elif isinstance(k, bool) or not isinstance(k, int):
+        raise ValueError(f"k={k!r} must be an int, the number of elements in the child")
+    if scope not in SCOPES:
+        raise ValueError(f"scope={scope!r} must be one of {SCOPES}")
+    if scope == "tensor" and k is not None:
+        raise ValueError(f"k={k} has no meaning for scope='tensor'; use reserve_p, a share of each")
+    if isinstance(granularity, bool) or not isinstance(granularity, int):
+        raise ValueError(f"granularity={granularity!r} must be an int")
+    if granularity != 1 and (granularity < 32 or granularity % 32):
+        raise ValueError(f"granularity={granularity} must be 1 or a multiple of 32")
+    if rule not in RULES:
+        raise ValueError(f"rule={rule!r} must be one of {RULES}")
+    if rule == "percentile" and (
+        k is not None or scope != "global" or granularity > 1 or not largest
+    ):
+        raise ValueError(
+            "rule='percentile' goes with reserve_p alone: scope='global', granularity=1, largest=True"
+        )
+
+
+def _contiguous_fp32(label: str, value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.layout != torch.strided:
+        kind = value.layout if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"Fisher information of {label}: {kind}; a dense tensor is needed")
+    if value.dtype not in (torch.float32, *ops.HALF_TYPES):
+        raise ValueError(
+            f"Fisher information of {label}: dtype {value.dtype}; use float32 (.float(); values that it "
+            "makes equal are then ordered by position)"
+        )
+    if value.is_meta or (value.numel() and value.data_ptr() == 0):
+        raise ValueError(
+            f"Fisher information of {label}: a {type(value).__name__} on {value.device} has no memory of "
+            "its own; gather or materialise it first"
+        )
+    return value.detach().to(torch.float32).contiguous()
+
+
+class _Selection(NamedTuple):
+    """The words of one scope, k, and how many of the k have a score of zero though others were wanted."""
+
+    words: dict[str, Tensor]
+    k: int
+    zeros: int
+
+
+def _exact(scores: Mapping[str, Tensor], k: int, largest: bool, backend: str | None) -> _Selection:
+    """The first k scores in the order of eq. 15."""
+    place = place_of(scores, k, largest, backend)
+    words = words_up_to(place, list(scores.values()), largest, backend)
+    zeros = place.taken if largest and place.key == 0 else 0
+    return _Selection(dict(zip(scores, words, strict=True)), k, zeros)
+
+
+def _selected(
+    scores: Mapping[str, Tensor], size: _Size, granularity: int, largest: bool, backend: str | None
+) -> _Selection:
+    """The selection in one scope, by elements or by runs."""
+    candidates = sum(-(-value.numel() // granularity) for value in scores.values())
+    k = size.of(candidates, granularity)
+    if k == 0:
+        return _Selection({label: _no_words(value) for label, value in scores.items()}, 0, 0)
+    if granularity == 1:
+        return _exact(scores, k, largest, backend)
+    runs, refused = ops.run_scores(list(scores.values()), granularity, backend)
+    refuse_unordered(scores, refused)
+    for label, sums in zip(scores, runs, strict=True):
+        if bool(sums.isinf().any()):
+            raise ValueError(
+                f"Fisher information of {label}: the sum over a run of {granularity} elements overflows "
+                "float32; divide all Fisher information by a power of two"
+            )
+    by_run = _exact(dict(zip(scores, runs, strict=True)), k, largest, backend)
+    words = {
+        label: _words_of_runs(chosen, scores[label].numel(), granularity, backend)
+        for label, chosen in by_run.words.items()
+    }
+    return by_run._replace(words=words)
+
+
+def _warn_of_zeros(selections: Iterable[_Selection]) -> None:
+    short = [found for found in selections if found.zeros]
+    if not short:
+        return
+    k = sum(found.k for found in short)
+    where = (
+        f" of {', '.join(next(iter(found.words)) for found in short[:8])}" if len(short) > 1 else ""
+    )
+    warnings.warn(
+        f"k={k} is more than the {k - sum(found.zeros for found in short)} non-zero values of Fisher "
+        f"information{where}; the rest of the child are zeros, the first by position. Use a smaller "
+        "reserve_p, or more examples",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _no_words(value: Tensor) -> Tensor:
+    return torch.zeros(0, dtype=torch.int32, device=value.device)
+
+
+def _words_of_runs(run_words: Tensor, numel: int, granularity: int, backend: str | None) -> Tensor:
+    """The words of elements of which whole runs are chosen."""
+    runs, count = -(-numel // granularity), -(-numel // 32)
+    chosen = ops.unpack_mask(run_words, (runs,), backend)
+    words = chosen.repeat_interleave(granularity // 32)[:count].to(torch.int32).neg_()
+    if numel % 32:
+        words[-1] &= (1 << numel % 32) - 1
+    return words
+
+
+def _percentile_words(
+    scores: Mapping[str, Tensor], size: _Size, backend: str | None
+) -> dict[str, Tensor]:
+    """Every element at or above the percentile (SPEC.md, "Selection", in double precision throughout)."""
+    numel = sum(value.numel() for value in scores.values())
+    if numel == 0 or size.reserve_p is None:
+        return {label: _no_words(value) for label, value in scores.items()}
+    position = (numel - 1) * (100 * (1 - size.reserve_p) / 100)
+    rank = math.floor(position)
+    place = place_of(scores, rank + 1, False, backend)
+    lower = upper = value_of(place.key)
+    if place.taken == place.equal and rank + 1 < numel:
+        upper = value_of(place_of(scores, rank + 2, False, backend).key)
+    part, step = position - rank, upper - lower
+    percentile = lower + step * part if part < 0.5 else upper - step * (1 - part)
+    words, _ = ops.select_words(
+        list(scores.values()), first_key_from(percentile) - 1, True, backend=backend
+    )
+    return dict(zip(scores, words, strict=True))
+
+
+class _Draw(NamedTuple):
+    """The words of one parameter for the random child."""
+
+    key: int
+    numel: int
+
+    def below(self, threshold: int) -> Tensor:
+        """Mask words of the elements whose word lies below a threshold of 0 .. 2**32."""
+        if threshold == 0:
+            return torch.zeros(-(-self.numel // 32), dtype=torch.int32)
+        index_map = contiguous_map(self.numel)
+        return ops.keep_words(self.numel, index_map, self.key, 0, threshold, _RANDOM_CHILD)
+
+
+def _smallest_words(draws: Sequence[_Draw], k: int) -> list[Tensor]:
+    """The mask words of the k elements of smallest word, equal words by position."""
+    with _progress() as bar:
+
+        def count(threshold: int) -> int:
+            found = 0
+            for draw in draws:
+                found += ops.count_mask(draw.below(threshold))
+                bar(draw.numel)
+            return found
+
+        threshold, found = _search(count, k, sum(draw.numel for draw in draws))
+        words = []
+        missing = k - (count(threshold - 1) if found > k else k)
+        for draw in draws:
+            at_most = draw.below(threshold)
+            if found > k:
+                below = draw.below(threshold - 1)
+                ties = ops.unpack_mask(at_most ^ below, (draw.numel,))
+                ties[ties.nonzero()[missing:]] = False
+                missing -= int(ties.sum())
+                at_most = below | ops.pack_mask(ties)
+            words.append(at_most)
+    return words
+
+
+@contextlib.contextmanager
+def _progress() -> Iterator[Callable[[int], object]]:
+    """Called with the numbers of words drawn, shows a bar after some seconds where tqdm is installed."""
+    try:
+        from tqdm.auto import tqdm
+    except ImportError:
+        yield lambda drawn: None
+        return
+    with tqdm(desc="random child", unit=" words", unit_scale=True, delay=3, leave=False) as bar:
+        yield bar.update
+
+
+def _search(count: Callable[[int], int], k: int, numel: int) -> tuple[int, int]:
+    """A threshold below which k words lie, else the smallest with more, and its count.
+
+    ``count`` grows by about one every 2**32 / numel thresholds, so that a few interpolations usually meet k.
+    """
+    low, low_count, high, high_count = 0, 0, ops.KEEP_ALL, numel
+    for attempt in itertools.count():
+        if high_count == k or high - low == 1:
+            break
+        guess = (low + high) // 2
+        if attempt < _INTERPOLATIONS:
+            if k - low_count < high_count - k:
+                guess = low + (k - low_count) * ops.KEEP_ALL // numel
+            else:
+                guess = high - (high_count - k) * ops.KEEP_ALL // numel
+        guess = min(max(guess, low + 1), high - 1)
+        found = count(guess)
+        if found < k:
+            low, low_count = guess, found
+        else:
+            high, high_count = guess, found
+    return high, high_count
