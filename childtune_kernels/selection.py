@@ -295,7 +295,7 @@ class _Draw(NamedTuple):
     def below(self, threshold: int) -> Tensor:
         """Mask words of the elements whose word lies below a threshold of 0 .. 2**32."""
         if threshold == 0:
-            return torch.zeros(-(-self.numel // 32), dtype=torch.int32)
+            return torch.zeros(-(-self.numel // 32), dtype=torch.int32, device="cpu")
         index_map = contiguous_map(self.numel)
         return ops.keep_words(self.numel, index_map, self.key, 0, threshold, _RANDOM_CHILD)
 

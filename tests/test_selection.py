@@ -351,6 +351,38 @@ def test_the_percentile_rule_keeps_everything_where_most_is_zero() -> None:
         assert select_child(fisher, reserve_p=0.3).count() == child_size(0.3, NUMEL)
 
 
+def test_percentiles_that_rounding_moves_off_a_value() -> None:
+    """(N - 1) q is whole but for rounding: numpy's percentile is then a value, or just beside one."""
+    moved = 0
+    for numel in range(2, 60):
+        values = (torch.arange(numel) * 7 % numel) / 3
+        wide = values.double().numpy()
+        for tenths in range(1, 10):
+            p = tenths / 10
+            position = (numel - 1) * (100 * (1 - p) / 100)
+            moved += 0 < position - math.floor(position) < 1e-12
+            mask = select_child({"w": values}, reserve_p=p, rule="percentile")
+            assert mask.dense("w").tolist() == (wide >= np.percentile(wide, 100 * (1 - p))).tolist()
+    assert moved > 0
+
+
+def test_default_devices_and_types_change_nothing(backend: str) -> None:
+    fisher = split(VALUES["80 % zeros"], *SIZES)
+    options: list[dict[str, Any]] = [
+        {}, {"granularity": 32}, {"rule": "percentile"}, {"scope": "tensor"}
+    ]  # fmt: skip
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        for each in options:
+            expected = select_child(fisher, reserve_p=0.3, backend=backend, **each)
+            with torch.device("meta"), torch.inference_mode():
+                found = select_child(fisher, reserve_p=0.3, backend=backend, **each)
+            assert found == expected
+    expected = random_child({"w": (100,)}, 0.3, 0)
+    with torch.device("meta"):
+        assert random_child({"w": (100,)}, 0.3, 0) == expected
+
+
 @settings(max_examples=60, deadline=None, derandomize=True)
 @given(
     values=st.lists(st.floats(0, 2.0**100, width=32), min_size=1, max_size=40),
