@@ -103,7 +103,10 @@ class Recording:
 
     def _arrive(self, label: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+        if gradient is None:
+            raise RuntimeError(
+                f"another hook has taken the gradient of {label} away; one accumulator can record at a time"
+            )
         with self._lock:
             record = self._current_record()
             if label in record.arrived:
