@@ -88,6 +88,7 @@ def test_batch_means_are_told_from_examples() -> None:
         loss_of(model, (tokens[8:], classes[8:])).backward()
     assert (fisher.records, fisher.examples, fisher.kind) == (3, 10, "batch mean squares")
     assert fisher.records_by_size == {4: 2, 2: 1}
+    assert torch.equal(fisher["classifier.bias"], fisher.sums["classifier.bias"] / 3)
     fisher.record_examples(loss_of, (tokens[:1], classes[:1]))
     assert (fisher.records, fisher.examples, fisher.kind) == (4, 11, "mixed")
 
@@ -281,6 +282,11 @@ def test_a_moved_model_is_refused_before_anything_is_added() -> None:
     with pytest.raises(ValueError, match=r"gradient of classifier\.bias: \(5,\)"):
         fisher.accumulate()
     assert_equal_sums(fisher.sums, before)
+    fisher._sums["classifier.bias"] = torch.zeros(5, device="meta")
+    with pytest.raises(
+        ValueError, match=r"on cpu for sums of \(5,\) on meta; make the accumulator after"
+    ):
+        fisher.accumulate()
     assert fisher.records == 8
 
 

@@ -135,6 +135,30 @@ def test_buffers_and_gradients_are_left_alone() -> None:
     assert fisher.records == 5
 
 
+class Counting(nn.Module):
+    """Assigns its buffer anew in every call."""
+
+    calls: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(4, 1)
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, values: Tensor) -> Tensor:
+        self.calls = self.calls + values.detach().sum()
+        result: Tensor = self.layer(values)
+        return result
+
+
+def test_a_buffer_that_is_assigned_anew_is_put_back() -> None:
+    model = Counting()
+    before = model.calls
+    recorded(model, 2, torch.ones(5, 4), lambda model, example: model(example))
+    assert model.calls is before
+    assert before == 0
+
+
 def test_random_numbers_are_refused_and_not_drawn() -> None:
     model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5))
     fisher = FisherAccumulator(model)

@@ -311,6 +311,8 @@ def test_an_error_before_any_gradient_does_no_harm() -> None:
             with pytest.raises((ZeroDivisionError, RuntimeError)):
                 bad.backward()
         plain(model, 1).backward()
+    with pytest.raises(ZeroDivisionError), fisher.recording():
+        raises(plain(model, 1)).backward()
     assert fisher.records == 2
     assert_equal_sums(fisher.sums, squares_by_loop(model, range(2), plain))
 
