@@ -62,14 +62,15 @@ class FisherAccumulator(FisherSums):
         if offload not in (None, "cpu"):
             raise ValueError(f"offload={offload!r} is unknown; use 'cpu' or None")
         scope = scope_of(model, include, exclude)
-        sums = {
-            member.label: torch.zeros(
-                member.parameter.shape,
-                dtype=torch.float32,
-                device=offload or member.parameter.device,
-            )
-            for member in scope.members
-        }
+        with torch.inference_mode(False):
+            sums = {
+                member.label: torch.zeros(
+                    member.parameter.shape,
+                    dtype=torch.float32,
+                    device=offload or member.parameter.device,
+                )
+                for member in scope.members
+            }
         super().__init__(
             sums,
             {},

@@ -271,6 +271,25 @@ def test_train_mode_draws_one_warning(layer: nn.Module) -> None:
     assert caught[0].filename == __file__
 
 
+def test_inference_mode_and_default_devices_do_not_matter(backend: str) -> None:
+    model = Classifier()
+    squares, batch = squares_by_loop(model, examples()), data()
+    with torch.inference_mode():
+        fisher = FisherAccumulator(model, backend=backend)
+    with fisher.recording():
+        for example in examples():
+            loss_of(model, example).backward()
+    with torch.device("meta"):
+        again = FisherAccumulator(model, backend=backend)
+        again.record_examples(loss_of, batch, chunk=3)
+        again.child_mask(0.3)
+    with torch.inference_mode():
+        assert_equal_sums(fisher.sums, squares)
+        again.merge(fisher)
+        again.reset()
+        fisher.child_mask(0.3)
+
+
 def test_a_moved_model_is_refused_before_anything_is_added() -> None:
     model = Classifier()
     fisher = recorded(model)
