@@ -331,6 +331,8 @@ def take_ties_(
             f"{len(words)} words and quotas of {quotas.dtype} {tuple(quotas.shape)} for {len(scores)} "
             f"tensors; expected as many words, and int64 ({units},)"
         )
+    for at, (score, target) in enumerate(zip(scores, words, strict=True)):
+        check_words(f"scores {at}", target, score.numel())
     module = registry.choose("topk_select", device, backend).module
     module.take_ties_(scores, words, threshold, quotas, unit)
 

@@ -76,13 +76,11 @@ def select_child(
             f"the Fisher information lies on several devices; move it to one ({where})"
         )
     size = _Size(reserve_p, k)
-    if rule == "percentile":
-        words = _percentile_words(scores, size, backend)
+    if rule == "percentile" and reserve_p is not None:
+        words = _percentile_words(scores, reserve_p, backend)
     else:
         scopes = [scores] if scope == "global" else [{label: scores[label]} for label in scores]
-        selections = [
-            _selected(each, size, granularity, largest, backend) for each in scopes if each
-        ]
+        selections = [_selected(each, size, granularity, largest, backend) for each in scopes]
         _warn_of_zeros(selections)
         words = {label: each for found in selections for label, each in found.words.items()}
     return ChildMask(words, {label: value.shape for label, value in named.items()}, dense)
@@ -126,7 +124,7 @@ def random_child(
 
 def child_size(reserve_p: float, numel: int) -> int:
     """The number of child elements among ``numel`` (SPEC.md, eq. 14)."""
-    return min(numel, max(1, math.floor(Fraction(reserve_p) * numel + Fraction(1, 2))))
+    return min(numel, max(1, math.floor(Fraction(float(reserve_p)) * numel + Fraction(1, 2))))
 
 
 class _Size(NamedTuple):
@@ -268,13 +266,13 @@ def _words_of_runs(run_words: Tensor, numel: int, granularity: int, backend: str
 
 
 def _percentile_words(
-    scores: Mapping[str, Tensor], size: _Size, backend: str | None
+    scores: Mapping[str, Tensor], reserve_p: float, backend: str | None
 ) -> dict[str, Tensor]:
     """Every element at or above the percentile (SPEC.md, "Selection", in double precision throughout)."""
     numel = sum(value.numel() for value in scores.values())
-    if numel == 0 or size.reserve_p is None:
+    if numel == 0:
         return {label: _no_words(value) for label, value in scores.items()}
-    position = (numel - 1) * (100 * (1 - size.reserve_p) / 100)
+    position = (numel - 1) * (100 * (1 - float(reserve_p)) / 100)
     rank = math.floor(position)
     place = place_of(scores, rank + 1, False, backend)
     lower = upper = value_of(place.key)
@@ -297,7 +295,7 @@ class _Draw(NamedTuple):
     def below(self, threshold: int) -> Tensor:
         """Mask words of the elements whose word lies below a threshold of 0 .. 2**32."""
         if threshold == 0:
-            return torch.zeros(-(-self.numel // 32), dtype=torch.int32)
+            return torch.zeros(-(-self.numel // 32), dtype=torch.int32, device="cpu")
         index_map = contiguous_map(self.numel)
         return ops.keep_words(self.numel, index_map, self.key, 0, threshold, _RANDOM_CHILD)
 

@@ -16,7 +16,7 @@ inline int64_t count_refused(const uint32_t* scores, int64_t count) {
   return refused;
 }
 
-// The digits of a block, those of other prefixes replaced by the bin behind the last; and which match.
+// Which keys of a block have the prefix above their lowest `high` bits.
 CHILDTUNE_INLINE uint64_t matching(const uint32_t* block, int high, uint32_t prefix) {
   uint64_t matches = 0;
   for (int at = 0; at < kBlock; at += kLanes32)
@@ -24,8 +24,8 @@ CHILDTUNE_INLINE uint64_t matching(const uint32_t* block, int high, uint32_t pre
   return matches;
 }
 
-// Neighbours go to tables of their own: values crowd in few bins, and a bin that was written last
-// is slow to read again.
+// Neighbours go to tables of their own: values crowd in few bins, and a bin just written is slow to
+// read again.
 CHILDTUNE_INLINE void count_digits(const uint32_t* digits, int64_t stride, uint32_t* tables) {
 #pragma GCC unroll 64
   for (int at = 0; at < kBlock; ++at) ++tables[at % kHistogramTables * stride + digits[at]];
@@ -60,6 +60,7 @@ int64_t digit_histogram(const uint32_t* scores, int64_t count, int shift, int bi
       }
       continue;
     }
+    // What does not match goes to the bin behind the last.
     for (int part = 0; part < kBlock; part += kLanes32) {
       const VecU32 keys = load_keys(block + part);
       const VecU32 match = (VecU32)((keys >> high) == prefix);

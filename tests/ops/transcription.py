@@ -138,3 +138,25 @@ def adamw_step(
             w = w - (s * m) / (np.sqrt(v) + eps)
             w = w - a * w if a else w
     return Element(w, m, v)
+
+
+def run_scores(scores: Sequence[float], granularity: int) -> Array:
+    """Eq. 16: fp32 sums of every run, the blocks' trees by recursion."""
+
+    def tree(values: Sequence[np.float32]) -> np.float32:
+        if len(values) == 1:
+            return values[0]
+        half = len(values) // 2
+        return tree([np.float32(a + b) for a, b in zip(values[:half], values[half:], strict=True)])
+
+    sums = []
+    for start in range(0, len(scores), granularity):
+        run = [np.float32(score + 0.0) for score in scores[start : start + granularity]]
+        run += [np.float32(0.0)] * (-len(run) % 32)
+        with np.errstate(over="ignore"):
+            blocks = [tree(run[at : at + 32]) for at in range(0, len(run), 32)]
+            total = blocks[0]
+            for block in blocks[1:]:
+                total = np.float32(total + block)
+        sums.append(total)
+    return np.array(sums, dtype=np.float32)

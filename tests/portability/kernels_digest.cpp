@@ -91,6 +91,47 @@ void squares(const Kernels& kernels, int64_t dtype, bool contiguous) {
   add(sums.data(), sums.size() * sizeof(float));
 }
 
+// All passes of op topk_select over scores that crowd in a few bins, -0 and a NaN among them.
+void select(const Kernels& kernels) {
+  const int64_t numel = 64 * 41 + 37, granularity = 96;
+  const uint32_t one = 0x3F800000u;
+  std::vector<uint32_t> scores(numel);
+  for (int64_t at = 0; at < numel; ++at) {
+    random_unit();
+    const uint32_t low = random_state >> 40 & 0xFFFu;
+    scores[at] = random_state % 5 == 0 ? one : random_state % 7 == 0 ? 0x80000000u : one + (low << (low & 15u));
+  }
+  const int digits[3][2] = {{20, 11}, {10, 10}, {0, 10}};
+  for (const auto& digit : digits) {
+    std::vector<uint32_t> tables(kHistogramTables * histogram_stride(digit[1]), 0), counts(size_t(1) << digit[1], 0);
+    for (int64_t changed = 0; changed < 2; ++changed) {
+      scores[5] = changed ? 0x7FC00000u : one;
+      const int64_t refused =
+          kernels.digit_histogram(scores.data(), numel, digit[0], digit[1], one >> (digit[0] + digit[1]), tables.data());
+      add(&refused, 8);
+    }
+    scores[5] = one;
+    for (size_t bin = 0; bin < counts.size(); ++bin)
+      for (int table = 0; table < kHistogramTables; ++table)
+        counts[bin] += tables[table * histogram_stride(digit[1]) + bin];
+    add(counts.data(), counts.size() * 4);
+  }
+  for (bool largest : {false, true}) {
+    std::vector<uint32_t> words((numel + 31) / 32);
+    const int64_t ties = kernels.select_words(scores.data(), numel, int32_t(one), largest, words.data());
+    add(&ties, 8);
+    add(words.data(), words.size() * 4);
+    for (int64_t quota : {ties / 2, ties}) {
+      kernels.take_ties(scores.data(), numel, int32_t(one), quota, words.data());
+      add(words.data(), words.size() * 4);
+    }
+  }
+  std::vector<float> runs((numel + granularity - 1) / granularity);
+  const int64_t refused = kernels.run_scores(scores.data(), numel, granularity, runs.data());
+  add(&refused, 8);
+  add(runs.data(), runs.size() * 4);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -113,6 +154,7 @@ int main(int, char** arguments) {
   add(words.data(), words.size() * 4);
   for (int64_t dtype : {kFloat32, kFloat64, kBFloat16, kFloat16})
     for (bool contiguous : {true, false}) squares(*kernels, dtype, contiguous);
+  select(*kernels);
   std::printf("%016llx\n", static_cast<unsigned long long>(digest));
   return 0;
 }

@@ -61,8 +61,8 @@ def select_words(
             parts.append(pack_mask(keys > threshold if largest else keys < threshold))
         words.append(torch.cat(parts))
         ties += [(_keys(part) == threshold).sum() for part in _chunks(score, unit)]
-    counted = torch.stack(ties) if ties else torch.zeros(0, dtype=torch.int64)
-    return words, counted.to(scores[0].device)
+    none = torch.zeros(0, dtype=torch.int64, device=scores[0].device)
+    return words, torch.stack(ties) if ties else none
 
 
 def take_ties_(
