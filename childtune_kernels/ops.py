@@ -138,9 +138,8 @@ def fisher_accumulate_(
         raise ValueError(f"scale={scale} is {rounded} in fp32; it must be positive and finite")
     for index, (total, gradient) in enumerate(zip(sums, gradients, strict=True)):
         check_squares(labels[index] if labels else f"#{index}", total, gradient)
-    if len({total.data_ptr() for total in sums if total.numel()}) < sum(
-        total.numel() > 0 for total in sums
-    ):
+    places = [total.data_ptr() for total in sums if total.numel()]
+    if len(set(places)) < len(places):
         raise ValueError("two of the sums are the same tensor; two threads would write it at once")
     plain = [g.detach().resolve_neg() if g.is_neg() else g.detach() for g in gradients]
     if plain:
