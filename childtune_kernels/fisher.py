@@ -164,8 +164,8 @@ class FisherAccumulator(FisherSums):
             self._count(examples, arrived)
 
         self._recording = Recording(self._members, self._others, add, count)
-        self._recording.start()
         try:
+            self._recording.start()
             yield self
         finally:
             recording, self._recording = self._recording, None

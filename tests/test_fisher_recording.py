@@ -229,6 +229,17 @@ def test_what_stood_in_grad_is_put_back() -> None:
     assert fisher.records == 8
 
 
+def test_a_parameter_that_was_frozen_since_gets_no_gradient() -> None:
+    model = Classifier()
+    fisher = FisherAccumulator(model, exclude=EXCLUDED)
+    model.get_parameter(ENCODER[1]).requires_grad_(False)
+    model.classifier.requires_grad_(False)
+    with fisher.recording():
+        loss_of(model, examples()[0]).backward()
+    assert fisher.without_gradient == [ENCODER[1]]
+    assert fisher.records == 1
+
+
 # What is refused
 
 

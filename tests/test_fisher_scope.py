@@ -14,6 +14,8 @@ from .fisher_models import (
     EXCLUDED,
     Classifier,
     assert_equal_sums,
+    data,
+    examples,
     loss_of,
     recorded,
     squares_by_loop,
@@ -86,10 +88,29 @@ def test_any_name_of_a_tied_weight_decides(pattern: str) -> None:
     assert FisherAccumulator(Tied(), include=pattern).names == ["embeddings.weight"]
 
 
+class Wrapper(nn.Module):
+    """Names everything anew, as DistributedDataParallel does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.module(tokens)
+        return logits
+
+
 def test_wrappers_prefixes_are_no_part_of_names() -> None:
-    wrapped = nn.Module()
-    wrapped.module = Classifier()
-    assert FisherAccumulator(wrapped, include="encoder*").names == ENCODER
+    wrapped = Wrapper(Classifier())
+    by_backward = recorded(wrapped, include="encoder*")
+    by_function = FisherAccumulator(wrapped, include="encoder*")
+    by_function.record_examples(loss_of, data())
+    for fisher in (by_backward, by_function):
+        assert fisher.names == ENCODER
+        assert fisher.dense_names == DENSE
+        for name, total in squares_by_loop(wrapped.module, examples()).items():
+            if name in ENCODER:
+                torch.testing.assert_close(fisher.sums[name], total)
 
 
 @pytest.mark.parametrize(
