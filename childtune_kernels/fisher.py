@@ -62,14 +62,15 @@ class FisherAccumulator(FisherSums):
         if offload not in (None, "cpu"):
             raise ValueError(f"offload={offload!r} is unknown; use 'cpu' or None")
         scope = scope_of(model, include, exclude)
-        sums = {
-            member.label: torch.zeros(
-                member.parameter.shape,
-                dtype=torch.float32,
-                device=offload or member.parameter.device,
-            )
-            for member in scope.members
-        }
+        with torch.inference_mode(False):
+            sums = {
+                member.label: torch.zeros(
+                    member.parameter.shape,
+                    dtype=torch.float32,
+                    device=offload or member.parameter.device,
+                )
+                for member in scope.members
+            }
         super().__init__(
             sums,
             {},
@@ -163,8 +164,8 @@ class FisherAccumulator(FisherSums):
             self._count(examples, arrived)
 
         self._recording = Recording(self._members, self._others, add, count)
-        self._recording.start()
         try:
+            self._recording.start()
             yield self
         finally:
             recording, self._recording = self._recording, None

@@ -37,8 +37,8 @@ def example_gradients(
     if chunk is not None and (isinstance(chunk, bool) or not isinstance(chunk, int) or chunk < 1):
         raise ValueError(f"chunk={chunk!r} must be a number of examples, 1 or more, or None")
     weights = {member.name: member.parameter.detach() for member in members}
-    # Of buffers the function gets copies: a model that updates them must not reach the real ones.
-    buffers = {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+    # torch.func refuses writes into buffers; one that is assigned anew is put back where it was handed over.
+    buffers = dict(model.named_buffers())
 
     def loss_of(weights: dict[str, Tensor], example: Any) -> Tensor:
         def call(*arguments: Any, **options: Any) -> Any:

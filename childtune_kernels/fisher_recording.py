@@ -71,11 +71,13 @@ class Recording:
         for member in (*self._members, *self._others):
             self._gradients_before.append((member.parameter, member.parameter.grad))
             member.parameter.grad = None
-        for member in self._members:
-            hook = partial(self._arrive, member.label)
-            self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))
-        for member in self._others:
-            self._handles.append(member.parameter.register_post_accumulate_grad_hook(self._drop))
+        hooks: list[tuple[Member, Callable[[Tensor], None]]]
+        hooks = [(member, partial(self._arrive, member.label)) for member in self._members]
+        hooks += [(member, self._drop) for member in self._others]
+        for member, hook in hooks:
+            # A parameter that was frozen since gets no gradient, and takes no hook.
+            if member.parameter.requires_grad:
+                self._handles.append(member.parameter.register_post_accumulate_grad_hook(hook))
 
     def stop(self) -> bool:
         """Remove the hooks and put the gradients back; whether sums hold a part of a record."""
@@ -103,7 +105,10 @@ class Recording:
 
     def _arrive(self, label: str, parameter: Tensor) -> None:
         gradient, parameter.grad = parameter.grad, None
-        assert gradient is not None
+        if gradient is None:
+            raise RuntimeError(
+                f"another hook has taken the gradient of {label} away; one accumulator can record at a time"
+            )
         with self._lock:
             record = self._current_record()
             if label in record.arrived:

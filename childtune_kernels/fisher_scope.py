@@ -104,7 +104,9 @@ def _aliases(model: torch.nn.Module) -> list[tuple[Tensor, list[str]]]:
 def _patterns(option: str, given: Patterns) -> tuple[str, ...]:
     if given is None:
         return ()
-    patterns = (given,) if isinstance(given, str) else tuple(given)
+    if isinstance(given, str):
+        return (given,)
+    patterns = tuple(given) if isinstance(given, Iterable) else (given,)
     if not all(isinstance(pattern, str) for pattern in patterns):
         raise TypeError(f"{option}={given!r} must be a pattern or a list of patterns on names")
     return patterns

@@ -1,4 +1,4 @@
-// Schemas and bindings; no maths. Arguments are checked in childtune_kernels/ops.py.
+// Schemas and bindings; no maths. Arguments are checked in childtune_kernels/ops/.
 #include <string>
 
 #include "launch.h"

@@ -1,0 +1,31 @@
+"""The contracts, a module an op: arguments are checked here, once, and the chosen kernel is called."""
+
+from .bitmask import check_words, count_mask, pack_mask, unpack_mask
+from .child_adamw import child_adamw_
+from .fisher_accumulate import check_squares, fisher_accumulate_
+from .keep_words import KEEP_ALL, keep_words
+from .observe import observe
+from .tensors import HALF_TYPES, check_gradient, check_parameter, compute_dtype
+from .topk_select import SCORE_UNIT, digit_histogram, run_scores, select_words, take_ties_
+
+__all__ = [
+    "HALF_TYPES",
+    "KEEP_ALL",
+    "SCORE_UNIT",
+    "check_gradient",
+    "check_parameter",
+    "check_squares",
+    "check_words",
+    "child_adamw_",
+    "compute_dtype",
+    "count_mask",
+    "digit_histogram",
+    "fisher_accumulate_",
+    "keep_words",
+    "observe",
+    "pack_mask",
+    "run_scores",
+    "select_words",
+    "take_ties_",
+    "unpack_mask",
+]

@@ -1,0 +1,30 @@
+"""Op child_adamw: one step of child networks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from .. import registry
+
+
+def child_adamw_(
+    rows: Sequence[Any], row_table: Tensor, group_table: Tensor, choice: registry.Choice
+) -> None:
+    """One AdamW step of the child networks of all active rows, in place (SPEC.md, eq. 1 to 12).
+
+    Args:
+        rows: the rows of a plan (step_plan.Row), for kernels that take tensors.
+        row_table: int64 ``[rows, ROW_WIDTH]``, the same rows for kernels that take pointers.
+        group_table: float64 ``[groups, GROUP_WIDTH]``, the numbers of the parameter groups.
+        choice: what ``registry.choose("child_adamw", device)`` gave for the plan's device.
+
+    Changes in place, for every row whose ``active`` is set: the parameter, exp_avg, exp_avg_sq, the
+    master weight, and the step (+1). Gradients are only read.
+    """
+    if choice.backend == "reference":
+        choice.module.child_adamw_(rows)
+    else:
+        choice.module.child_adamw_(rows, row_table, group_table)
