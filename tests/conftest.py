@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 
+import numpy as np
 import pytest
 import torch
 
@@ -21,6 +22,13 @@ def _expected_reference() -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             registry.choose("bitmask", "cpu")
+
+
+@pytest.fixture(autouse=True)
+def _long_doubles_work() -> Iterator[None]:
+    """A kernel that used MMX registers would leave the x87 unit, and so NumPy's long doubles, broken."""
+    yield
+    assert np.longdouble(1) / np.longdouble(4) == 0.25
 
 
 def _serve(column: Column, monkeypatch: pytest.MonkeyPatch) -> str:
