@@ -72,6 +72,7 @@ def test_state_is_as_small_as_promised(
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)
     print(
         json.dumps(
             {

@@ -79,8 +79,10 @@ def _large(backend: str, threads: int, dtype: torch.dtype, **options: Any) -> di
         name: torch.nn.Parameter(random_values((size,), dtype, "large", name))
         for name, size in sizes.items()
     }
+    densities = {"medium": 0.05, "last": 1.0}  # indices and runs; the others get words
     children = {
-        name: torch.rand(size, generator=generator_of("large child", name)) < 0.5
+        name: torch.rand(size, generator=generator_of("large child", name))
+        < densities.get(name, 0.5)
         for name, size in sizes.items()
     }
     mask = ChildMask.from_dense(children) if options.pop("masked") else None
@@ -99,10 +101,14 @@ def _large(backend: str, threads: int, dtype: torch.dtype, **options: Any) -> di
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("mask", ["none", "dense", "compact", "compact without Bernoulli"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_thread_counts_change_nothing(dtype: torch.dtype, masked: bool, column: str) -> None:
-    options = {"reserve_p": 0.3, "weight_decay": 0.1, "masked": masked}
+def test_thread_counts_change_nothing(dtype: torch.dtype, mask: str, column: str) -> None:
+    options: dict[str, Any] = {"reserve_p": 0.3, "weight_decay": 0.1, "masked": mask != "none"}
+    if mask != "none":
+        options["child_state"] = mask.split()[0]
+    if mask == "compact without Bernoulli":
+        options["reserve_p"] = 1.0
     expected = _large("reference", 1, dtype, **options)
     for threads in (1, 2, 4):
         assert_same_bits(_large(column, threads, dtype, **options), expected)
