@@ -300,6 +300,9 @@ class FusedChildAdamW(Optimizer):
     def set_child_mask(self, mask: ChildMask | None, new_state: str = "keep") -> None:
         """Change the child network during a run.
 
+        Weights that leave the child keep what they have learnt, so that a child checkpoint of the last
+        mask does not describe the run; ``child_diff`` of base and tuned model does.
+
         Args:
             mask: names every parameter of every group, to train sparsely or densely; None: all of them
                 train densely from now on.
