@@ -194,15 +194,22 @@ int64_t run_compressed(const PlanRow& row, const RowStep<Real>& step, int64_t be
     }
     const uint64_t bits = child_bits(words, local, row.numel);
     if (bits == 0) continue;
-    compress_block(weight + local, bits, near.weight + count);
-    count += compress_block(grad + local, bits, near.grad + count);
+    if (local + kBlock <= row.numel) {
+      compress_block(weight + local, bits, near.weight + count);
+      count += compress_block(grad + local, bits, near.grad + count);
+    } else {
+      compress_elements(weight + local, bits, near.weight + count);
+      count += compress_elements(grad + local, bits, near.grad + count);
+    }
   }
   update_span<kNear>(row, step, near.weight, near.grad, count, rank, nullptr);
   decay_range<Weight, Grad>(row, step, begin, end);
   int done = 0;
   for (int64_t local = begin; local < end; local += kBlock) {
     const uint64_t bits = child_bits(words, local, row.numel);
-    if (bits != 0) done += expand_block(near.weight + done, bits, weight + local);
+    if (bits == 0) continue;
+    done += local + kBlock <= row.numel ? expand_block(near.weight + done, bits, weight + local)
+                                        : expand_elements(near.weight + done, bits, weight + local);
   }
   return rank + count;
 }

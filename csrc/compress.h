@@ -1,10 +1,25 @@
 // Elements whose bit is set, moved together, and back. Types of one size share their code: bits move.
 
-#if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 64
-constexpr bool kCompresses = true;
+// The elements from `source` on whose bit is set go to `target`, one after the other. Returns how many
+// they are.
+template <class Element>
+CHILDTUNE_INLINE int compress_elements(const Element* source, uint64_t bits, Element* target) {
+  int count = 0;
+  for (; bits != 0; bits &= bits - 1) target[count++] = source[__builtin_ctzll(bits)];
+  return count;
+}
 
-// The 64 elements from `source` on whose bit is set go to `target`, one after the other; up to 15 more
-// places behind them are overwritten. Where no bit is set nothing is read. Returns how many they are.
+// The reverse: elements from `source` on go to the places from `target` on whose bit is set.
+template <class Element>
+CHILDTUNE_INLINE int expand_elements(const Element* source, uint64_t bits, Element* target) {
+  int count = 0;
+  for (; bits != 0; bits &= bits - 1) target[__builtin_ctzll(bits)] = source[count++];
+  return count;
+}
+
+// The same for a block of 64 elements that all lie in the tensor: whole vectors are read and written, so
+// that up to 15 more places behind the last compressed element are overwritten and read.
+#if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 64
 // Measured on Zen 4: compressing in a register and storing whole vectors takes a few cycles where
 // the compressing store takes more than a hundred.
 CHILDTUNE_INLINE int compress_block(const float* source, uint64_t bits, float* target) {
@@ -39,8 +54,6 @@ CHILDTUNE_INLINE int compress_block(const Half* source, uint64_t bits, Half* tar
   return count;
 }
 
-// The reverse: elements from `source` on go to the places of the 64 from `target` on whose bit is set.
-// Up to 15 elements behind the last one are read.
 CHILDTUNE_INLINE int expand_block(const float* source, uint64_t bits, float* target) {
   int count = 0;
 #pragma GCC unroll 4
@@ -74,18 +87,63 @@ CHILDTUNE_INLINE int expand_block(const Half* source, uint64_t bits, Half* targe
 }
 
 #else
-constexpr bool kCompresses = false;
 
 template <class Element>
 CHILDTUNE_INLINE int compress_block(const Element* source, uint64_t bits, Element* target) {
-  int count = 0;
-  for (; bits != 0; bits &= bits - 1) target[count++] = source[__builtin_ctzll(bits)];
-  return count;
+  return compress_elements(source, bits, target);
 }
 template <class Element>
 CHILDTUNE_INLINE int expand_block(const Element* source, uint64_t bits, Element* target) {
+  return expand_elements(source, bits, target);
+}
+
+#if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 32
+// Where the lanes of a vector go, for each of the 256 sets of eight: three bits a lane.
+struct LaneOrders {
+  uint32_t together[256];
+  uint32_t apart[256];
+};
+constexpr LaneOrders lane_orders() {
+  LaneOrders orders{};
+  for (uint32_t set = 0; set < 256; ++set) {
+    uint32_t count = 0;
+    for (uint32_t lane = 0; lane < 8; ++lane) {
+      if (!(set >> lane & 1)) continue;
+      orders.together[set] |= lane << (3 * count);
+      orders.apart[set] |= count << (3 * lane);
+      ++count;
+    }
+  }
+  return orders;
+}
+constexpr LaneOrders kLaneOrders = lane_orders();
+
+// A permutation looks at the low three bits of each lane alone.
+CHILDTUNE_INLINE __m256i lane_order(uint32_t order) {
+  return _mm256_srlv_epi32(_mm256_set1_epi32(int(order)), _mm256_setr_epi32(0, 3, 6, 9, 12, 15, 18, 21));
+}
+
+CHILDTUNE_INLINE int compress_block(const float* source, uint64_t bits, float* target) {
   int count = 0;
-  for (; bits != 0; bits &= bits - 1) target[__builtin_ctzll(bits)] = source[count++];
+  for (int at = 0; at < kBlock; at += 8) {
+    const uint32_t lanes = uint32_t(bits >> at) & 0xFFu;
+    const __m256 found = _mm256_loadu_ps(source + at);
+    _mm256_storeu_ps(target + count, _mm256_permutevar8x32_ps(found, lane_order(kLaneOrders.together[lanes])));
+    count += __builtin_popcount(lanes);
+  }
   return count;
 }
+CHILDTUNE_INLINE int expand_block(const float* source, uint64_t bits, float* target) {
+  int count = 0;
+  for (int at = 0; at < kBlock; at += 8) {
+    const uint32_t lanes = uint32_t(bits >> at) & 0xFFu;
+    const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(source + count), lane_order(kLaneOrders.apart[lanes]));
+    // Zen 4 takes longer for a masked store than for reading and writing the whole vector.
+    const __m256 stored = _mm256_loadu_ps(target + at);
+    _mm256_storeu_ps(target + at, _mm256_blendv_ps(stored, spread, (__m256)lane_mask32(lanes)));
+    count += __builtin_popcount(lanes);
+  }
+  return count;
+}
+#endif
 #endif
