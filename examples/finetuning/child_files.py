@@ -43,13 +43,12 @@ def save_child_files(run: ChildRun, split: Split, folder: Path) -> list[str]:
     run.networks.fisher().save(folder / FISHER)
     child.save(folder / MASK)
     save_child(folder / CHECKPOINT, run.tuned.model, child, optimizer=run.tuned.optimizer)
-    lines = [
+    return [
         f"The last CT_D run (seed {run.seed}), in {folder}/:",
         f"  {FISHER}, {MASK}: Fisher information and child of its training rows",
         *_checked_checkpoint(run, child, split, folder / CHECKPOINT),
         *_pictures(run, child, folder),
     ]
-    return lines
 
 
 def _checked_checkpoint(run: ChildRun, child: ChildMask, split: Split, path: Path) -> list[str]:
