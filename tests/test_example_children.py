@@ -1,10 +1,11 @@
-"""The example's children: how they are found, what their files hold, and that Fisher information matters."""
+"""The example's children: how they are found, who shares them, and how tuned models are compared."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
@@ -18,8 +19,10 @@ pytest.importorskip("matplotlib")
 pytest.importorskip("tqdm")
 sys.path.insert(0, str(EXAMPLES))
 
-from finetuning import child_files, children, labelled_text  # noqa: E402
+from finetuning import child_files, children, comparison, labelled_text  # noqa: E402
 from finetuning.children import CHILDREN, ChildNetworks  # noqa: E402
+from finetuning.methods import METHOD_NAMES, Method  # noqa: E402
+from finetuning.training import TextTask, TunedModel, TuningSettings  # noqa: E402
 
 
 class Toy(nn.Module):
@@ -142,3 +145,46 @@ class TestComparedModels:
         assert "extra.weight" in child_files.different_tensors(
             first, nn.ModuleDict({"extra": nn.Linear(1, 1)})
         )
+
+
+class TestComparison:
+    def test_every_seed_has_one_fisher_run_for_all_methods(
+        self, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        made: list[int] = []
+        given: list[tuple[int, str, ChildMask | None]] = []
+
+        def networks_of(task: object, method: Method, rows: object, seed: int) -> ChildNetworks:
+            made.append(seed)
+            return toy_networks(seed=seed)
+
+        def tuned(
+            task: object, method: Method, rate: float, seed: int, rows: object, child: ChildMask | None,
+            settings: object,
+        ) -> TunedModel:  # fmt: skip
+            given.append((seed, method.name, child))
+            return TunedModel(nn.Linear(1, 1), torch.optim.SGD([torch.zeros(1)]), [0.001], 0)
+
+        monkeypatch.setattr(comparison, "child_networks", networks_of)
+        monkeypatch.setattr(comparison, "fine_tune", tuned)
+        contenders = [
+            comparison.Contender(name, Method(name, 0.3), cast(TextTask, FixedAccuracy()))
+            for name in METHOD_NAMES
+        ]
+        plan = comparison.Plan((1e-3, 2e-3), 2, 3, 4, TuningSettings(1, 16))
+        found = comparison.compare(contenders, labelled_text.split_rows(40), plan)
+        assert made == [10_000, 10_001, 0, 1, 2]
+        for seed, name, child in given:
+            assert child == toy_networks(seed=seed).child(name)
+        runs_a_method = plan.tuning_seeds * len(plan.learning_rates) + plan.seeds
+        assert len(given) == len(METHOD_NAMES) * runs_a_method
+        assert found.child_run is not None
+        assert found.child_run.seed == 2
+        assert found.child_run.earlier == toy_networks(seed=1).child("ct_d")
+
+
+class FixedAccuracy:
+    """A task that nothing is learnt in."""
+
+    def accuracy(self, model: nn.Module, rows: Sequence[int]) -> float:
+        return 50.0
