@@ -166,7 +166,7 @@ def _validate_learning_rates(
             rows = split.training_set(plan.train_examples, seed)
             networks = _networks(contenders, rows, seed)
             for contender, accuracies in zip(contenders, found, strict=True):
-                child = networks and networks.child(contender.method.name)
+                child = networks.child(contender.method.name) if networks else None
                 for rate, values in accuracies.items():
                     tuned = fine_tune(
                         contender.task, contender.method, rate, seed, rows, child, plan.settings
@@ -187,7 +187,7 @@ def _run_on_test(
     settings: TuningSettings,
 ) -> TunedModel:
     method, task = contender.method, contender.task
-    child = networks and networks.child(method.name)
+    child = networks.child(method.name) if networks else None
     tuned = fine_tune(task, method, result.learning_rate, seed, rows, child, settings)
     result.accuracies.append(task.accuracy(tuned.model, split.test))
     result.step_seconds.extend(tuned.step_seconds)
