@@ -8,7 +8,7 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capabi
 .PHONY: help install finetune finetune-short test test-slow bench check format info clean
 
 help:
-	@echo "make finetune   the main job: fine-tune a small encoder on real data (about two minutes)"
+	@echo "make finetune   the main job: fine-tune a small encoder on real data (under three minutes)"
 	@echo "make test       all tests"
 	@echo "make test-slow  the long sweeps too"
 	@echo "make bench      benchmarks against torch.optim.AdamW"

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import torch
+
+from childtune_kernels import ChildMask, FisherAccumulator, load_child
 
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLES = ROOT / "examples"
@@ -24,8 +25,10 @@ pytest.importorskip("tqdm")
 sys.path.insert(0, str(EXAMPLES))
 
 import finetune  # noqa: E402
-from finetuning import hashed_words, labelled_text, methods, report  # noqa: E402
+from finetuning import child_files, hashed_words, labelled_text, methods, report  # noqa: E402
+from finetuning.children import CHILDREN  # noqa: E402
 from finetuning.comparison import ContenderResult  # noqa: E402
+from finetuning.small_encoder import SmallEncoder  # noqa: E402
 
 
 def write_csv(path: Path, rows: Sequence[tuple[str, str]]) -> Path:
@@ -88,58 +91,57 @@ class TestData:
         assert hashed_words.trimmed(pieces[:1]).shape == (1, 2, 7)
 
 
-class TestChild:
-    def test_selection_is_exact_over_all_encoder_weights(self) -> None:
-        model = torch.nn.Sequential(
-            torch.nn.Linear(3, 4), torch.nn.ModuleList([torch.nn.Linear(4, 5)])
-        )
-        assert list(methods.encoder_parameters(model)) == ["1.0.weight", "1.0.bias"]
-        fisher = {"1.0.weight": torch.arange(20.0).view(5, 4), "1.0.bias": torch.full((5,), 18.5)}
-        child = methods.select_child(model, fisher, 0.24)
-        assert child.count() == 6
-        assert child.dense("1.0.bias").all()
-        assert child.dense("1.0.weight").flatten().nonzero().flatten().tolist() == [19]
-        assert "0.weight" in child
-
-    def test_fisher_is_the_mean_of_squared_gradients_of_single_rows(self) -> None:
-        model = torch.nn.ModuleDict({"layers": torch.nn.ModuleList([torch.nn.Linear(1, 1)])})
-        values = [1.0, -3.0]
-
-        def loss(model: torch.nn.Module, rows: Sequence[int]) -> torch.Tensor:
-            inputs = torch.tensor([[values[row]] for row in rows])
-            return model.get_submodule("layers.0")(inputs).mean()
-
-        fisher = methods.fisher_information(model, loss, [0, 1])
-        assert fisher["layers.0.weight"].item() == 5.0
-        assert fisher["layers.0.bias"].item() == 1.0
-
-    def test_a_model_without_layers_is_refused(self) -> None:
-        with pytest.raises(labelled_text.InputError, match="leave ct_d out"):
-            methods.encoder_parameters(torch.nn.Linear(2, 2))
-
-
 class TestReport:
-    def result(self, title: str, accuracies: list[float]) -> ContenderResult:
-        return ContenderResult(title, True, {1e-3: 70.0, 2e-3: 71.0, 4e-3: 71.0}, accuracies)
+    def result(self, title: str, method: str, accuracies: list[float]) -> ContenderResult:
+        rates = {1e-3: 70.0, 2e-3: 71.0, 4e-3: 71.0}
+        return ContenderResult(title, method, True, rates, accuracies)
 
     def test_a_difference_inside_the_noise_is_called_so(self) -> None:
-        baseline = self.result("AdamW", [70.0, 72.0, 71.0])
-        noisy = self.result("CT_F", [71.0, 71.0, 72.0])
-        better = self.result("CT_D", [75.0, 77.1, 76.0])
-        first, second = report.verdicts([baseline, noisy, better], baseline)
+        baseline = self.result("AdamW", "adamw", [70.0, 72.0, 71.0])
+        noisy = self.result("CT_F", "ct_f", [71.0, 71.0, 72.0])
+        better = self.result("CT_D", "ct_d", [75.0, 77.1, 76.0])
+        first, second = report.verdicts([baseline, noisy, better])
         assert first.startswith("CT_F against AdamW: +0.3 ± ")
         assert "within noise" in first
         assert "better, beyond the noise" in second
 
+    @pytest.mark.parametrize(
+        ("lowest", "verdict"),
+        [
+            ([70.0, 72.0, 71.0], "+5.1 ± 0.1 points (paired over 3 seeds, 95 % interval): better"),
+            ([80.0, 82.0, 81.0], "-4.9 ± 0.1 points (paired over 3 seeds, 95 % interval): worse"),
+            ([75.0, 76.0, 77.0], "within noise"),
+        ],
+    )
+    def test_the_fisher_child_is_held_against_its_controls(
+        self, lowest: list[float], verdict: str
+    ) -> None:
+        child = self.result("CT_D", "ct_d", [75.05, 77.1, 76.05])
+        controls = [
+            self.result("random", "ct_d_random", [75.0, 77.0, 76.0]),
+            self.result("lowest", "ct_d_lowest", lowest),
+        ]
+        said = report.verdicts([child, *controls])
+        assert len(said) == 2
+        assert said[0].startswith("Fisher child against lowest-Fisher child: ")
+        assert verdict in said[0]
+        assert said[1].startswith("Fisher child against random child: ")
+
     def test_of_equal_learning_rates_the_smallest_is_taken(self) -> None:
-        result = self.result("AdamW", [70.0])
+        result = self.result("AdamW", "adamw", [70.0])
         assert result.learning_rate == 2e-3
         assert not result.at_edge_of_grid
 
     def test_child_tuning_gets_the_square_root_law(self) -> None:
         assert methods.Method("adamw").learning_rates([1e-3, 3e-3]) == [1e-3, 3e-3]
         assert methods.Method("ct_f", 0.25).learning_rates([1e-3, 3e-3]) == [2e-3, 6e-3]
-        assert methods.Method("ct_d", 0.25).learning_rates([1e-3, 3e-3]) == [2e-3, 6e-3]
+
+    @pytest.mark.parametrize("name", ["ct_d", "ct_d_random", "ct_d_lowest"])
+    def test_controls_try_the_learning_rates_of_the_fisher_child(self, name: str) -> None:
+        assert methods.Method(name, 0.25).learning_rates([1e-3, 3e-3]) == [2e-3, 6e-3]
+        assert methods.Method(name, 0.25).title.startswith(
+            "CT_D" if name == "ct_d" else "control: "
+        )
 
 
 class TestErrors:
@@ -186,21 +188,83 @@ class TestErrors:
             finetune.main(options)
 
 
+@pytest.fixture(scope="module")
+def short_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Path]:
+    """What the short run printed, and the folder that it wrote."""
+    folder = tmp_path_factory.mktemp("finetune")
+    done = run_short("--out", str(folder))
+    assert done.returncode == 0, done.stderr
+    return done.stdout, folder
+
+
 class TestRuns:
-    def test_the_short_run_prints_the_table_and_draws_the_plot(self, tmp_path: Path) -> None:
-        done = run_short("--out", str(tmp_path))
-        assert done.returncode == 0, done.stderr
-        for title in ("AdamW, not pretrained", "AdamW ", "CT_F (p=0.3)", "CT_D (p=0.3)"):
-            assert title in done.stdout
-        assert "against AdamW" in done.stdout
-        assert (tmp_path / "finetune.png").read_bytes().startswith(b"\x89PNG")
-        saved = json.loads((tmp_path / "finetune.json").read_text("utf-8"))
-        assert len(saved["results"]) == 4
+    def test_the_short_run_prints_the_table_and_draws_the_plot(
+        self, short_run: tuple[str, Path]
+    ) -> None:
+        printed, folder = short_run
+        titles = [
+            "AdamW, not pretrained",
+            "AdamW",
+            "CT_F (p=0.3)",
+            "CT_D (p=0.3)",
+            "control: random child (p=0.3)",
+            "control: lowest-Fisher child (p=0.3)",
+        ]
+        for title in titles:
+            assert f"\n{title}  " in printed
+        assert "against AdamW" in printed
+        assert "Fisher child against lowest-Fisher child" in printed
+        assert (folder / "finetune.png").read_bytes().startswith(b"\x89PNG")
+        saved = json.loads((folder / "finetune.json").read_text("utf-8"))
+        assert [row["title"] for row in saved["results"]] == titles
         for row in saved["results"]:
             assert len(row["accuracies"]) == saved["plan"]["seeds"] == 3
             # Six labels, the commonest a third of all rows: what learns nothing stays below 40 %.
             assert all(40 < accuracy < 100 for accuracy in row["accuracies"])
             assert 0 < row["step_milliseconds"] < math.inf
+            assert len(row["validation"]) == len(saved["plan"]["learning_rates"])
+
+    def test_the_state_of_a_child_is_compact(self, short_run: tuple[str, Path]) -> None:
+        saved = json.loads((short_run[1] / "finetune.json").read_text("utf-8"))
+        size = {row["method"]: row["state_bytes"] for row in saved["results"]}
+        mask = ChildMask.load(short_run[1] / child_files.MASK)
+        saving = 8 * (mask.numel() - mask.count())  # two fp32 moments an element outside
+        overhead = mask.numel() / 4  # words, ranks: 0.25 bytes an element
+        for name in CHILDREN:
+            assert size["adamw"] - saving < size[name] < size["adamw"] - saving + overhead
+
+    def test_the_short_run_leaves_mask_fisher_and_pictures(
+        self, short_run: tuple[str, Path]
+    ) -> None:
+        printed, folder = short_run
+        fisher = FisherAccumulator.load(folder / child_files.FISHER)
+        mask = ChildMask.load(folder / child_files.MASK)
+        assert (fisher.kind, fisher.examples) == ("per example", 80)
+        assert all(name.startswith("layers.") for name in mask.words)
+        assert {"pieces.weight", "head.weight"} <= mask.dense_names
+        assert mask == fisher.child_mask(reserve_p=0.3)
+        for name in (child_files.DENSITY, child_files.OVERLAP, child_files.SPECTRUM):
+            assert (folder / name).read_bytes().startswith(b"\x89PNG")
+            assert name in printed
+        for child in (
+            "Fisher child, seed 1",
+            "random child, seed 2",
+            "lowest-Fisher child, seed 2",
+        ):
+            assert child in printed
+
+    def test_the_short_run_saves_and_proves_the_tuned_child(
+        self, short_run: tuple[str, Path]
+    ) -> None:
+        printed, folder = short_run
+        path = folder / child_files.CHECKPOINT
+        assert load_child(path).mask == ChildMask.load(folder / child_files.MASK)
+        assert "it gave the tuned model in every bit" in printed
+        saved = json.loads((folder / "finetune.json").read_text("utf-8"))
+        (tuned,) = (row for row in saved["results"] if row["method"] == "ct_d")
+        assert f"{tuned['accuracies'][-1]:.1f} % on the test data" in printed
+        weights = sum(p.numel() * 4 for p in SmallEncoder(len(SECTIONS)).parameters())
+        assert f"{path.stat().st_size:,} bytes; the model's weights are {weights:,}" in printed
 
     def test_a_checkpoint_of_transformers_and_a_csv_file(self, tmp_path: Path) -> None:
         checkpoint = tiny_checkpoint(tmp_path / "checkpoint")
@@ -215,7 +279,10 @@ class TestRuns:
             "AdamW",
             "CT_F (p=0.3)",
             "CT_D (p=0.3)",
+            "control: random child (p=0.3)",
+            "control: lowest-Fisher child (p=0.3)",
         ]
+        assert load_child(tmp_path / "out" / child_files.CHECKPOINT).mask.count() > 0
 
 
 def tiny_checkpoint(folder: Path) -> Path:

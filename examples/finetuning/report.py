@@ -13,11 +13,12 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from finetuning.children import CHILDREN
 from finetuning.comparison import ContenderResult
 
 # Student's t, two-sided 95 %, for 1, 2, ... degrees of freedom; the last serves all above it.
 _T_95 = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-_COLOURS = ("#4c566a", "#2a78b5", "#e07b39", "#5b9a47")
+_COLOURS = ("#4c566a", "#2a78b5", "#e07b39", "#5b9a47", "#8e6bb0")
 _SCRATCH_COLOUR = "#a9afba"
 _QUIET = "#5a6270"
 
@@ -48,9 +49,18 @@ def table(results: Sequence[ContenderResult]) -> str:
     return "\n".join(lines)
 
 
-def verdicts(results: Sequence[ContenderResult], baseline: ContenderResult) -> list[str]:
-    """A sentence for every other contender: its paired difference to the baseline, and what that means."""
-    return [_verdict(result, baseline) for result in results if result is not baseline]
+def verdicts(results: Sequence[ContenderResult]) -> list[str]:
+    """Sentences on paired differences: every contender to AdamW, the Fisher child to the two controls."""
+    by_method = {result.method: result for result in results if result.pretrained}
+    baseline, child = by_method.get("adamw"), by_method.get("ct_d")
+    said = []
+    if baseline is not None:
+        said += [_verdict(result, baseline) for result in results if result is not baseline]
+    for control in ("ct_d_lowest", "ct_d_random"):
+        if child is not None and control in by_method:
+            difference, shown = _paired_difference(child, by_method[control])
+            said.append(f"Fisher child against {CHILDREN[control]}: {difference}{shown}")
+    return said
 
 
 def save_results(results: Sequence[ContenderResult], about: dict[str, object], path: Path) -> None:

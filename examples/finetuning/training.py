@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from childtune_kernels import ChildMask
+from finetuning.children import ChildNetworks
 from finetuning.labelled_text import LabelledText
 from finetuning.methods import Method, mean_loss, state_bytes
 from finetuning.text_models import TextModelSource
@@ -30,9 +31,10 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A model after fine-tuning, and what its optimizer cost: seconds of every step, bytes of state."""
+    """A model after fine-tuning, its optimizer, and what that cost: seconds of every step, bytes of state."""
 
     model: nn.Module
+    optimizer: torch.optim.Optimizer
     step_seconds: list[float]
     state_bytes: int
 
@@ -74,9 +76,10 @@ class TextTask:
         return 100 * right / len(rows)
 
 
-def find_child(task: TextTask, method: Method, rows: Sequence[int], seed: int) -> ChildMask | None:
-    """CT_D's child network in the model that ``fine_tune`` starts from at the same seed, else None."""
-    return method.find_child(task.new_model(seed), task.loss, rows)
+def child_networks(task: TextTask, method: Method, rows: Sequence[int], seed: int) -> ChildNetworks:
+    """The children in the model that ``fine_tune`` starts from at the same seed."""
+    model = task.new_model(seed)
+    return ChildNetworks(model, task.loss, rows, seed, method.reserve_p, method.backend)
 
 
 def fine_tune(
@@ -96,7 +99,7 @@ def fine_tune(
         learning_rate: peak of the schedule.
         seed: of head, batch order, dropout and CT_F's masks.
         rows: training rows.
-        child: what ``find_child`` gave for the same rows and seed.
+        child: what ``child_networks`` found for the same rows and seed.
         settings: epochs and batch size.
     """
     model = task.new_model(seed)
@@ -116,7 +119,7 @@ def fine_tune(
             task.loss(model, order[start : start + settings.batch_size]).backward()
             step_seconds.append(_timed_step(optimizer, task.device))
             schedule.step()
-    return TunedModel(model, step_seconds, state_bytes(optimizer))
+    return TunedModel(model, optimizer, step_seconds, state_bytes(optimizer))
 
 
 def _share_of_peak(step: int, step_count: int) -> float:
