@@ -148,7 +148,8 @@ class FisherSums:
         """The child network of the weights with the most Fisher information.
 
         Trainable parameters outside the scope train densely, so the mask fits
-        ``FusedChildAdamW(model.named_parameters(), child_mask=mask)``. It is selected from the sums, which
+        ``FusedChildAdamW(model.named_parameters(), child_mask=mask)``; give the optimizer the trainable
+        ones alone where some are frozen, which the mask does not know. It is selected from the sums, which
         are in the order of the means; sums on several devices are copied to the CPU. Parameters without
         a gradient draw a warning. Arguments: ``select_child``.
 

@@ -117,6 +117,16 @@ def mask_words(
     if any(is_positional(label) for label in labels):
         raise ValueError("child_mask needs names; pass model.named_parameters() as params")
     unknown = [label for label in labels if label not in mask]
+    frozen = {
+        label
+        for label, parameter in zip(labels, parameters, strict=True)
+        if not parameter.requires_grad
+    }
+    if unknown and frozen.issuperset(unknown):
+        raise ValueError(
+            f"child_mask: it does not know {_shortened(unknown)}, which require no gradient; give the "
+            "optimizer what trains: [(n, p) for n, p in model.named_parameters() if p.requires_grad]"
+        )
     if unknown:
         what = "no name of it matches" if len(unknown) == len(labels) else "it does not know"
         raise ValueError(

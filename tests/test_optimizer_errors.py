@@ -263,6 +263,18 @@ def test_a_mask_needs_names() -> None:
         FusedChildAdamW(parameters.values(), child_mask=toy_mask(parameters))
 
 
+def test_frozen_parameters_that_the_mask_does_not_know_have_a_remedy_of_their_own() -> None:
+    linear = nn.Linear(3, 2)
+    linear.bias.requires_grad_(False)
+    mask = mask_of(weight=(2, 3))
+    with pytest.raises(
+        ValueError, match=r"bias, which require no gradient; .* if p\.requires_grad\]"
+    ):
+        FusedChildAdamW(linear.named_parameters(), child_mask=mask)
+    trained = [(name, p) for name, p in linear.named_parameters() if p.requires_grad]
+    assert len(FusedChildAdamW(trained, child_mask=mask).state) == 1
+
+
 def test_a_mask_may_know_names_the_optimizer_does_not_hold() -> None:
     parameters, alone = toy_parameters(), toy_parameters()
     mask = toy_mask(parameters)
