@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from . import ops, weight_bits
 from .child_file import ChildCheckpoint, load_child
 from .child_mask import ChildMask
+from .group_options import WROTE_OUTSIDE
 from .named_weights import NamedWeights, counterparts, named_weights, shortened
 from .progress import progress_of_bytes
 
@@ -154,6 +155,12 @@ def _check_optimizer(optimizer: Optimizer, weights: NamedWeights, mask: ChildMas
                     f"weight_decay={group['weight_decay']}: decay changed {label} outside the child too; "
                     "save the whole model"
                 )
+        if group.get(WROTE_OUTSIDE):
+            raise ValueError(
+                f"optimizer: this run wrote weights outside the present child of group {number}, by decay "
+                "(freeze_non_child=False) or before set_child_mask; give the mask "
+                "child_diff(base, model) without optimizer=, or save the whole model"
+            )
 
 
 def _check_words(label: str, words: Tensor | None, mask: ChildMask, number: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -49,19 +50,18 @@ def child_layout(words: Tensor, numel: int, layout: str | None = None) -> dict[s
             clustering.
     """
     child = ops.unpack_mask(words, (numel,))
-    before = torch.nn.functional.pad(child[:-1], (1, 0))
-    starts = (child & ~before).nonzero().view(-1)
-    count = int(child.sum())
-    layout = layout or _suitable(count, starts.numel(), numel)
+    starts = child & ~torch.nn.functional.pad(child[:-1], (1, 0))
+    if layout is None:
+        layout = _suitable(ops.count_mask(words), ops.count_mask(ops.pack_mask(starts)), numel)
     if layout == "runs":
-        return {"child_runs": _runs(child, starts)}
+        return {"child_runs": _runs(child, starts.nonzero().view(-1))}
     if layout == "words":
-        return {"mask_words": words, "child_ranks": _ranks(child, WORDS_UNIT)}
+        return {"mask_words": words, "child_ranks": _ranks(words, WORDS_UNIT)}
     within = child.nonzero().view(-1) % INDICES_UNIT
     # 16 unsigned bits in a signed type, since torch cannot pickle uint16.
     return {
         "child_indices": (within - (within >= 1 << 15) * INDICES_UNIT).to(torch.int16),
-        "child_ranks": _ranks(child, INDICES_UNIT),
+        "child_ranks": _ranks(words, INDICES_UNIT),
     }
 
 
@@ -72,9 +72,13 @@ def _suitable(count: int, runs: int, numel: int) -> str:
     return "indices" if sparse else "words"
 
 
-def _ranks(child: Tensor, unit: int) -> Tensor:
+def _ranks(words: Tensor, unit: int) -> Tensor:
     """Child elements before every ``unit``-th element, and in all."""
-    whole = torch.nn.functional.pad(child, (0, -child.numel() % unit)).view(-1, unit)
+    in_byte = torch.tensor(
+        [bin(byte).count("1") for byte in range(256)], dtype=torch.uint8, device=words.device
+    )
+    counts = in_byte[words.view(torch.uint8).to(torch.int32)]
+    whole = torch.nn.functional.pad(counts, (0, -counts.numel() % (unit // 8))).view(-1, unit // 8)
     return torch.nn.functional.pad(whole.sum(1).cumsum(0), (1, 0))
 
 
@@ -123,14 +127,41 @@ def scatter_child_(values: Tensor, child: Tensor, words: Tensor) -> Tensor:
     return values
 
 
-def check_layout(label: str, state: Mapping[str, Tensor], device: torch.device, numel: int) -> None:
+def check_layout(
+    label: str, state: Mapping[str, Any], device: torch.device, numel: int, *, contents: bool
+) -> None:
     """Refuse compact state whose layout is not written as the kernels read it.
+
+    Args:
+        contents: look at every number too, on CPUs: whether the layout is that of any child of ``numel``
+            elements. A kernel that followed another one would write anywhere.
 
     Raises:
         ValueError: tensors of other types, sizes or devices, or of another number of child elements.
     """
     layout = layout_of(state)
-    count = state["child_exp_avg"].numel()
+    found = {name: state[name] for name in LAYOUT_KEYS if name in state}
+    right = _has_form(layout, found, state["child_exp_avg"].numel(), device, numel)
+    if right and contents and device.type == "cpu":
+        try:
+            words = mask_words(state, numel)
+            again = {} if words is None else child_layout(words, numel, layout)
+            right = all(torch.equal(tensor, again[name]) for name, tensor in found.items())
+        except (RuntimeError, IndexError, ValueError):
+            right = False
+    if not right:
+        raise ValueError(
+            f"the child of {label} is not written as layout {layout} has it ({', '.join(found)}); use "
+            "optimizer.set_child_mask or load_state_dict instead of writing into optimizer.state"
+        )
+
+
+def _has_form(
+    layout: str, found: Mapping[str, Any], count: int, device: torch.device, numel: int
+) -> bool:
+    """Whether the tensors of a layout have the types and sizes for ``count`` of ``numel`` elements."""
+    if not all(isinstance(tensor, Tensor) for tensor in found.values()):
+        return False
     expected: dict[str, tuple[torch.dtype, tuple[int, ...]]] = {}
     if layout == "words":
         expected["mask_words"] = (torch.int32, ((numel + 31) // 32,))
@@ -139,20 +170,10 @@ def check_layout(label: str, state: Mapping[str, Tensor], device: torch.device, 
         expected["child_indices"] = (torch.int16, (count,))
         expected["child_ranks"] = (torch.int64, (-(-numel // INDICES_UNIT) + 1,))
     else:
-        expected["child_runs"] = (torch.int64, (*state["child_runs"].shape[:1], 2))
-    found = {name: state[name] for name in LAYOUT_KEYS if name in state}
-    right = found.keys() == expected.keys() and all(
+        expected["child_runs"] = (torch.int64, (*found["child_runs"].shape[:1], 2))
+    return found.keys() == expected.keys() and all(
         (tensor.dtype, tuple(tensor.shape)) == expected[name]
         and tensor.device == device
         and tensor.is_contiguous()
         for name, tensor in found.items()
     )
-    # Reading a number off another device would wait for it.
-    if right and device.type == "cpu":
-        ranks = found["child_runs"][:, 1] if layout == "runs" else found["child_ranks"]
-        right = ranks.numel() > 0 and int(ranks[-1]) == count
-    if not right:
-        raise ValueError(
-            f"the child of {label} is not written as layout {layout} has it ({', '.join(found)}); use "
-            "optimizer.set_child_mask or load_state_dict instead of writing into optimizer.state"
-        )

@@ -24,7 +24,9 @@ NUMBERS = ("lr", "betas", "eps", "weight_decay", "reserve_p")
 # Accepted so that FusedChildAdamW drops into scripts written for torch.optim.AdamW.
 DROP_IN = ("amsgrad", "fused", "foreach")
 OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, *DROP_IN)
-GROUP_KEYS = (*OPTIONS, "seed", "params", "param_names")
+# What a group notes of its run: whether weights outside its present child have been written.
+WROTE_OUTSIDE = "wrote_outside_child"
+GROUP_KEYS = (*OPTIONS, WROTE_OUTSIDE, "seed", "params", "param_names")
 
 #: All that a step depends on, looked at anew at every step.
 watched_options = operator.itemgetter(*NUMBERS, *FLAGS, *CHOICES, "amsgrad", "seed")

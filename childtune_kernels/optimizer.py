@@ -14,7 +14,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import ops, parameters, registry, state_dicts, state_tensors
 from .child_mask import ChildMask
-from .group_options import check_seed, check_spelling, group_numbers
+from .group_options import WROTE_OUTSIDE, check_seed, check_spelling, group_numbers
 from .labels import philox_key
 from .plan_row import contiguous_map
 from .step_plan import Row, StepPlan, check_row
@@ -106,6 +106,7 @@ class FusedChildAdamW(Optimizer):
             "amsgrad": amsgrad,
             "fused": fused,
             "foreach": foreach,
+            WROTE_OUTSIDE: False,
             "seed": seed,
         }
         self._backend = backend
@@ -116,6 +117,7 @@ class FusedChildAdamW(Optimizer):
         super().__init__(params, defaults)
         self._default_mask = None
 
+    @torch.inference_mode(False)
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group of parameters, with options of its own, to those that are optimized.
 
@@ -276,9 +278,10 @@ class FusedChildAdamW(Optimizer):
             result = pre_hook(self, state_dict)
             if result is not None:
                 state_dict = result
-        groups, state = state_dicts.restored(
-            self.param_groups, self.state, state_dict, relabel=relabel
-        )
+        with torch.inference_mode(False), torch.no_grad():
+            groups, state = state_dicts.restored(
+                self.param_groups, self.state, state_dict, relabel=relabel
+            )
         self.__setstate__({"param_groups": groups, "state": state})
         # What is added later belongs to the same run.
         self.defaults["seed"] = groups[0]["seed"]
@@ -296,12 +299,13 @@ class FusedChildAdamW(Optimizer):
                 state_dict = result
         return state_dict
 
+    @torch.inference_mode(False)
     @torch.no_grad()
     def set_child_mask(self, mask: ChildMask | None, new_state: str = "keep") -> None:
         """Change the child network during a run.
 
-        Weights that leave the child keep what they have learnt, so that a child checkpoint of the last
-        mask does not describe the run; ``child_diff`` of base and tuned model does.
+        Weights that leave the child keep what they have learnt, so that ``save_child`` refuses the run from
+        its first step on: make a mask of what changed with ``child_diff(base, model)``.
 
         Args:
             mask: names every parameter of every group, to train sparsely or densely; None: all of them
@@ -329,6 +333,9 @@ class FusedChildAdamW(Optimizer):
                 else:
                     state = state_tensors.initial_state(label, parameter, own, group)
                 states.append((parameter, state))
+        if any(int(self.state[parameter].get("step", 0)) > 0 for parameter, _ in states):
+            for group in self.param_groups:
+                group[WROTE_OUTSIDE] = True
         for parameter, state in states:
             self.state[parameter] = state
         self._plans = None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from . import child_layout, ops, state_tensors
-from .group_options import OPTIONS, check_seed, check_spelling, group_numbers
+from .group_options import OPTIONS, WROTE_OUTSIDE, check_seed, check_spelling, group_numbers
 from .labels import is_positional, label_of
 
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
@@ -159,6 +159,8 @@ def _restored_state(
     group: Mapping[str, Any],
     own: bool,
 ) -> dict[str, Tensor]:
+    # A flat state dict that lacks a key of the live state gives an empty dict for it.
+    saved = {name: value for name, value in saved.items() if not _is_empty_dict(value)}
     if "max_exp_avg_sq" in saved:
         raise ValueError(f"state of {label}: max_exp_avg_sq of amsgrad=True is not supported")
     current_words = child_layout.mask_words(current, parameter.numel())
@@ -182,8 +184,10 @@ def _read_state(label: str, parameter: Tensor, saved: State) -> dict[str, Tensor
     if compact:
         if words is None:
             raise ValueError(
-                f"state of {label} has moments of a child without mask_words; it was altered or cut"
+                f"state of {label} has moments of a child without mask_words; it was altered or cut, or it "
+                "is flat and the optimizer was built with another mask: build it with the run's mask"
             )
+        state_tensors.check_shape(label, parameter, saved)
         shape = torch.Size([ops.count_mask(words)])
     read = {"step": _saved_step(label, parameter, saved)}
     for plain in state_tensors.ELEMENTWISE:
@@ -195,6 +199,10 @@ def _read_state(label: str, parameter: Tensor, saved: State) -> dict[str, Tensor
     return read
 
 
+def _is_empty_dict(value: Any) -> bool:
+    return isinstance(value, dict) and not value
+
+
 def _saved_words(label: str, parameter: Tensor, saved: State) -> Tensor | None:
     """The mask words of a saved state; a flat state dict may have brought the live layout alone."""
     if saved.get("mask_words") is not None:
@@ -203,7 +211,8 @@ def _saved_words(label: str, parameter: Tensor, saved: State) -> Tensor | None:
         return words
     if not child_layout.is_compact(saved) or not child_layout.has_child(saved):
         return None
-    child_layout.check_layout(label, saved, saved["child_exp_avg"].device, parameter.numel())
+    device = saved["child_exp_avg"].device
+    child_layout.check_layout(label, saved, device, parameter.numel(), contents=True)
     return child_layout.mask_words(saved, parameter.numel())
 
 
@@ -262,7 +271,7 @@ def adamw_state_dict(state_dict: Mapping[str, Any], members: Sequence[Tensor]) -
     }
     groups = []
     for group in state_dict["param_groups"]:
-        own_keys = set(OPTIONS) | {"seed", "param_names"}
+        own_keys = set(OPTIONS) | {WROTE_OUTSIDE, "seed", "param_names"}
         kept = {name: value for name, value in group.items() if name not in own_keys}
         kept |= {name: group[name] for name in _ADAMW_OPTIONS}
         if not _all_positional(group["param_names"]):

@@ -68,9 +68,12 @@ def initial_state(
         if words is not None and compact:
             master = child_layout.gather_child(master, words)
         state[key("master_weight", compact)] = master
-    if words is not None:
-        layout = child_layout.child_layout(words, parameter.numel()) if compact else {}
-        state |= layout or {"mask_words": words}
+    if words is not None and not compact:
+        state["mask_words"] = words
+    elif words is not None:
+        state |= child_layout.child_layout(words, parameter.numel())
+        # Compact tensors do not show for what shape they were made.
+        state["child_shape"] = torch.tensor(parameter.shape, dtype=torch.int64, device="cpu")
     check_options(label, parameter, state, group)
     return state
 
@@ -121,7 +124,7 @@ def moved_state(
                 before = torch.ones_like(child)
                 if old_words is not None:
                     before = ops.unpack_mask(old_words, parameter.shape)
-                child = torch.ones_like(child) if same else child | ~before
+                child = child | ~before
             moved[target].copy_(torch.where(child, values, moved[target]))
     return moved
 
@@ -154,8 +157,11 @@ def dense_moments(parameter: Tensor, state: State) -> dict[str, Tensor]:
     return {name: _spread_out(parameter, name, state[key(name, True)], words) for name in MOMENTS}
 
 
-def check_state(label: str, parameter: Tensor, state: State) -> None:
+def check_state(label: str, parameter: Tensor, state: State, *, contents: bool = True) -> None:
     """Refuse state that does not fit its parameter.
+
+    Args:
+        contents: look at the numbers of a child's layout too.
 
     Raises:
         ValueError: a missing tensor, or one of another type, shape, device or layout.
@@ -186,12 +192,30 @@ def check_state(label: str, parameter: Tensor, state: State) -> None:
             )
     _check_step(label, parameter, state.get("step"))
     if compact:
-        child_layout.check_layout(label, state, parameter.device, parameter.numel())
+        check_shape(label, parameter, state)
+        child_layout.check_layout(
+            label, state, parameter.device, parameter.numel(), contents=contents
+        )
     elif "mask_words" in state:
         words = state["mask_words"]
         ops.check_words(label, words, parameter.numel())
         if words.device != parameter.device or not words.is_contiguous():
             raise ValueError(f"mask of {label}: words must be contiguous, on {parameter.device}")
+
+
+def check_shape(label: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
+    """Refuse compact state that was made for a parameter of another shape.
+
+    Raises:
+        ValueError: names both shapes.
+    """
+    shape = state.get("child_shape")
+    made_for = tuple(shape.tolist()) if isinstance(shape, Tensor) else shape
+    if made_for != tuple(parameter.shape):
+        raise ValueError(
+            f"compact state of {label} was made for shape {made_for}, the parameter has shape "
+            f"{tuple(parameter.shape)}; build the optimizer anew after a change of shape"
+        )
 
 
 def _check_step(label: str, parameter: Tensor, step: Tensor | None) -> None:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from . import child_layout, ops, registry, state_tensors
-from .group_options import check_spelling, group_numbers, watched_options
+from .group_options import WROTE_OUTSIDE, check_spelling, group_numbers, watched_options
 from .labels import philox_key
 from .plan_row import (
     DTYPE_CODES,
@@ -54,10 +54,12 @@ class Row:
     active: bool = False
     masked: bool = field(init=False)
     compact: bool = field(init=False)
+    layout: list[Tensor | None] = field(init=False)  # the tensors of the child, as last checked
 
     def __post_init__(self) -> None:
         self.masked = child_layout.has_child(self.state)
         self.compact = child_layout.is_compact(self.state)
+        self.layout = [None] * len(child_layout.LAYOUT_KEYS)
 
     @property
     def exp_avg(self) -> Tensor:
@@ -119,7 +121,10 @@ def check_row(row: Row) -> None:
             f"the mask in the state of {row.label} came or went after the optimizer was built; use "
             "set_child_mask or load a state dict"
         )
-    state_tensors.check_state(row.label, row.parameter, row.state)
+    layout = [row.state.get(name) for name in child_layout.LAYOUT_KEYS]
+    new = any(tensor is not known for tensor, known in zip(layout, row.layout, strict=True))
+    state_tensors.check_state(row.label, row.parameter, row.state, contents=new)
+    row.layout = layout
 
 
 class StepPlan:
@@ -267,6 +272,8 @@ class StepPlan:
             start = index * GROUP_WIDTH
             for name, at in GROUP_COLUMN.items():
                 self._group_data[start + at] = getattr(numbers, name)
+            if masked and not numbers.freeze_non_child and numbers.lr * numbers.weight_decay > 0:
+                group[WROTE_OUTSIDE] = True
             for row in rows:
                 row.numbers = numbers
                 state_tensors.check_options(row.label, row.parameter, row.state, group)

@@ -56,7 +56,7 @@ def child_bits(words: Tensor, start: int, count: int) -> Tensor:
 def child_values(tensor: Tensor, words: Tensor) -> Tensor:
     """The elements of a tensor in the child, in element order, as a CPU tensor of one dimension."""
     words = words.cpu()
-    found = [torch.empty(0, dtype=bit_pattern(tensor).dtype)]
+    found = [torch.empty(0, dtype=bit_pattern(tensor).dtype, device="cpu")]
     for start, (part,) in parts(bit_pattern(tensor)):
         bits = child_bits(words, start, part.numel()).to(part.device)
         found.append(part.reshape(-1)[bits].cpu())
@@ -103,7 +103,7 @@ def same_bits(first: Tensor, second: Tensor, words: Tensor | None = None) -> boo
 
 def changed_words(base: Tensor, tuned: Tensor) -> Tensor:
     """Mask words of the elements of two real tensors, of one shape and type, whose bits differ."""
-    changed = torch.empty(base.numel(), dtype=torch.bool)
+    changed = torch.empty(base.numel(), dtype=torch.bool, device="cpu")
     for start, (one, other) in parts(bit_pattern(base), bit_pattern(tuned)):
         changed[start : start + one.numel()] = (one.cpu() != other.cpu()).reshape(-1)
     return ops.pack_mask(changed)

@@ -77,7 +77,7 @@ def test_every_layout_leads_back_to_its_words(numel: int, density: float, run: i
         back = child_layout.mask_words(state, numel)
         assert back is not None
         assert torch.equal(back, words)
-        child_layout.check_layout("w", state, torch.device("cpu"), numel)
+        child_layout.check_layout("w", state, torch.device("cpu"), numel, contents=True)
         if layout is not None:
             assert child_layout.layout_of(state) == layout
 
@@ -121,8 +121,38 @@ def test_spoilt_layouts_are_refused(layout: str) -> None:
     words = ops.pack_mask(child)
     good = {"child_exp_avg": torch.zeros(int(child.sum())),
             **child_layout.child_layout(words, 5000, layout)}  # fmt: skip
-    child_layout.check_layout("w", good, torch.device("cpu"), 5000)
+    child_layout.check_layout("w", good, torch.device("cpu"), 5000, contents=True)
     for name in good.keys() - {"child_exp_avg"}:
         for bad in (good[name][:-1], good[name].double(), good[name][::2]):
             with pytest.raises(ValueError, match=f"child of w is not written as layout {layout}"):
-                child_layout.check_layout("w", {**good, name: bad}, torch.device("cpu"), 5000)
+                child_layout.check_layout(
+                    "w", {**good, name: bad}, torch.device("cpu"), 5000, contents=True
+                )
+
+
+@pytest.mark.parametrize(
+    ("layout", "name", "place", "value"),
+    [
+        ("words", "mask_words", 3, 0),
+        ("words", "child_ranks", 0, 1),
+        ("words", "child_ranks", 1, 9),
+        ("indices", "child_indices", 0, -1),
+        ("indices", "child_indices", 5, 4),
+        ("indices", "child_ranks", 0, -2),
+        ("runs", "child_runs", (0, 0), 7),
+        ("runs", "child_runs", (2, 1), 1),
+        ("runs", "child_runs", (-1, 0), 6000),
+    ],
+)
+def test_layouts_that_are_of_no_child_are_refused(
+    layout: str, name: str, place: int | tuple[int, int], value: int
+) -> None:
+    """A kernel that followed one would write outside the child, or outside the parameter."""
+    child = child_of(5000, 0.3)
+    child[0] = False
+    state = {"child_exp_avg": torch.zeros(int(child.sum())),
+             **child_layout.child_layout(ops.pack_mask(child), 5000, layout)}  # fmt: skip
+    state[name][place] = value
+    child_layout.check_layout("w", state, torch.device("cpu"), 5000, contents=False)
+    with pytest.raises(ValueError, match=f"child of w is not written as layout {layout}"):
+        child_layout.check_layout("w", state, torch.device("cpu"), 5000, contents=True)

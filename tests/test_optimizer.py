@@ -220,8 +220,8 @@ def test_summary_has_a_row_a_parameter() -> None:
     assert list(rows) == ["parameter", *(n for n in parameters if n != "layer.bias"), "layer.bias",
                           "total"]  # fmt: skip
     density = f"{mask.density('layer.weight'):.4f}"
-    words_and_ranks = 4 * 6 + 8 * 2
-    state_bytes = f"{8 + 2 * 4 * mask.count('layer.weight') + words_and_ranks:,}"
+    words_ranks_and_shape = 4 * 6 + 8 * 2 + 8 * 2
+    state_bytes = f"{8 + 2 * 4 * mask.count('layer.weight') + words_ranks_and_shape:,}"
     assert rows["layer.weight"][1:] == ["5x33", "1", density, "0.01", "reference", state_bytes]
     assert rows["layer.bias"][1:] == ["33", "0.25", "dense", "0", "reference", str(8 + 8 * 33)]
     assert rows["scale"][1:] == ["scalar", "1", "dense", "0.01", "reference", "16"]
