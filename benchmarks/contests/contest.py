@@ -46,6 +46,7 @@ class Comparison:
     """
 
     measure: str
+    title: str
     base: str
     inverted: bool = False
 

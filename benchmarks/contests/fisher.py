@@ -82,7 +82,7 @@ def _contest(name: str, case: Case, rounds: int) -> Contest:
         elements=case.parameters,
         prepare=_prepare,
         faults=_faults,
-        comparisons=(Comparison("rate_to_add", ADD.name, inverted=True),),
+        comparisons=(Comparison("rate_to_add", "rate / torch.add", ADD.name, inverted=True),),
         rounds=rounds,
     )
 

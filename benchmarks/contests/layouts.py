@@ -112,7 +112,7 @@ def _contest(density: float, run: int) -> Contest:
         elements=LARGE_TENSOR.parameters,
         prepare=partial(_prepare, density, run),
         faults=partial(_faults, density, run),
-        comparisons=(Comparison("ratio_to_fused", TORCH.name),),
+        comparisons=(Comparison("ratio_to_fused", "time / torch fused", TORCH.name),),
         option="--layouts",
     )
 

@@ -201,8 +201,8 @@ OTHERS = Contest(
     prepare=_prepare_others,
     faults=_faults_others,
     comparisons=(
-        Comparison("ratio_to_kthvalue", KTHVALUE.name),
-        Comparison("speedup_over_percentile", PERCENTILE.name, inverted=True),
+        Comparison("ratio_to_kthvalue", "time / kthvalue", KTHVALUE.name),
+        Comparison("speedup_over_percentile", "percentile / time", PERCENTILE.name, inverted=True),
     ),
     memory=True,
 )
