@@ -49,6 +49,7 @@ def measure(
             say(f"{contest.name}: memory of a run, in a process of its own")
             for name, peaks in peaks_of(contest, device).items():
                 if name in records:
+                    records[name]["result_bytes"] = peaks.pop("result")
                     records[name].update({f"peak_{kind}_bytes": n for kind, n in peaks.items()})
         for name, record in records.items():
             found[name] = Measured(None, tuple(seconds.get(name, {}).values()), record)

@@ -69,7 +69,7 @@ def _rows(contest: Contest, records: Records) -> list[dict[str, str]]:
 
 
 def _columns(contest: Contest, title: str, record: Record) -> Iterator[tuple[str, str]]:
-    yield _TITLES[contest.family].lower(), title
+    yield contest.family, title
     if "file_bytes" in record:
         yield "file", size(record["file_bytes"])
         yield "weights in scope", size(record["weight_bytes"])
@@ -93,14 +93,14 @@ def _layout_columns(records: Records) -> Iterator[tuple[str, str]]:
     run = "scattered" if some["run"] == 1 else f"in runs of {some['run']}"
     yield "child", f"{some['density'] * 100:g} %, {run}"
     yield "mean run", f"{some['mean_run']:.1f}"
-    fastest = min(record["seconds"] for record in found)
+    fastest = min(found, key=lambda record: record.get("ratio_to_fused", record["seconds"]))
     for name in LAYOUTS:
         record = records.get(name)
         if record is None:
             yield name, ""
             continue
         cell = with_quartiles(record, "ratio_to_fused")
-        if record["seconds"] == fastest:
+        if record is fastest:
             cell = f"**{cell}**"
         yield name, cell + (" †" if record["suitable"] else "")
     for name in LAYOUTS:
