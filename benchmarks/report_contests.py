@@ -93,7 +93,8 @@ def _layout_columns(records: Records) -> Iterator[tuple[str, str]]:
     run = "scattered" if some["run"] == 1 else f"in runs of {some['run']}"
     yield "child", f"{some['density'] * 100:g} %, {run}"
     yield "mean run", f"{some['mean_run']:.1f}"
-    fastest = min(found, key=lambda record: record.get("ratio_to_fused", record["seconds"]))
+    by = "ratio_to_fused" if all("ratio_to_fused" in record for record in found) else "seconds"
+    fastest = min(found, key=lambda record: float(record[by]))
     for name in LAYOUTS:
         record = records.get(name)
         if record is None:
