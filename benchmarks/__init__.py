@@ -1,1 +1,1 @@
-"""Benchmarks of an optimizer step; README.md says how they measure."""
+"""Benchmarks of an optimizer step and of what surrounds it; README.md says how they measure."""

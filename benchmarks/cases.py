@@ -30,6 +30,11 @@ class BertSizes:
     positions: int = 512
     types: int = 2
 
+    def encoder_shapes(self) -> Shapes:
+        """The shapes of the layers alone: what Child-Tuning usually measures and masks."""
+        shapes = self.shapes()
+        return {name: shape for name, shape in shapes.items() if name.startswith("encoder.")}
+
     def shapes(self) -> Shapes:
         """Parameter name → shape, as ``transformers.BertModel`` with its pooler has them."""
         hidden, intermediate = self.hidden, 4 * self.hidden
@@ -60,13 +65,37 @@ class BertSizes:
         return shapes
 
 
+def checked_shapes(name: str, shapes: Shapes, tensors: int, elements: int) -> Shapes:
+    """The shapes.
+
+    Raises:
+        ValueError: there are not so many tensors of so many elements in all.
+    """
+    found = sum(math.prod(shape) for shape in shapes.values())
+    if (len(shapes), found) != (tensors, elements):
+        raise ValueError(
+            f"{name} has {len(shapes)} tensors and {found:,} elements instead of {tensors} and "
+            f"{elements:,}"
+        )
+    return shapes
+
+
+def miniature_of(shapes: Shapes) -> Shapes:
+    """The first tensors, cut along their first axis: small enough for the reference to check."""
+    first = list(shapes.items())[:_MINIATURE_TENSORS]
+    return {
+        name: (max(1, min(size, _MINIATURE_ELEMENTS // math.prod(rest))), *rest)
+        for name, (size, *rest) in first
+    }
+
+
 @dataclass(frozen=True)
 class Case:
     """A set of tensors to step.
 
     ``tensors`` and ``parameters`` are the counts that ``shapes`` must give. ``rounds`` is how often each
     variant steps. ``limit`` is what a good step is limited by. ``grouped``: variants with a group a
-    tensor are measured beside those with one group. ``by_option``: only with an option of its own.
+    tensor are measured beside those with one group. ``option``: measured only with this option.
     """
 
     name: str
@@ -77,7 +106,7 @@ class Case:
     rounds: int
     limit: Literal["bytes", "tensors"]
     grouped: bool = False
-    by_option: bool = False
+    option: str | None = None
 
     def shapes(self) -> Shapes:
         """Parameter name → shape.
@@ -85,22 +114,11 @@ class Case:
         Raises:
             ValueError: they are not the tensors that the case is known to have.
         """
-        shapes = self.make_shapes()
-        parameters = sum(math.prod(shape) for shape in shapes.values())
-        if (len(shapes), parameters) != (self.tensors, self.parameters):
-            raise ValueError(
-                f"{self.name} has {len(shapes)} tensors and {parameters:,} parameters instead of "
-                f"{self.tensors} and {self.parameters:,}"
-            )
-        return shapes
+        return checked_shapes(self.name, self.make_shapes(), self.tensors, self.parameters)
 
     def miniature(self) -> Shapes:
         """The first tensors, cut along their first axis: small enough for the reference to check."""
-        first = list(self.shapes().items())[:_MINIATURE_TENSORS]
-        return {
-            name: (max(1, min(size, _MINIATURE_ELEMENTS // math.prod(rest))), *rest)
-            for name, (size, *rest) in first
-        }
+        return miniature_of(self.shapes())
 
 
 LARGE_TENSOR = Case(
@@ -129,7 +147,7 @@ BERT_LARGE = Case(
     parameters=335_141_888,
     rounds=25,
     limit="bytes",
-    by_option=True,
+    option="--bert-large",
 )
 SMALL_TENSORS = Case(
     name="small_tensors",

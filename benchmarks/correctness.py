@@ -20,12 +20,12 @@ _STEPS = 5
 _TOLERANCE = 2e-6
 
 
-def missing_kernel(device: torch.device) -> str | None:
-    """Why only the reference serves a device, or None: its speed is of no interest."""
-    choice = registry.choose("child_adamw", device)
+def missing_kernel(op: str, device: torch.device) -> str | None:
+    """Why only the reference serves an op on a device, or None: its speed is of no interest."""
+    choice = registry.choose(op, device)
     if choice.backend != "reference":
         return None
-    return f"there is no kernel for {device}, so nothing is measured:\n{registry.explain(device)}"
+    return f"op {op} has no kernel for {device}, so that nothing is measured:\n{registry.explain(device)}"
 
 
 def fault_of(variant: Variant, case: Case, device: torch.device) -> str | None:

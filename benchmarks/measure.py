@@ -76,6 +76,11 @@ def time_steps(
         state_bytes[variant.name] = _state_bytes(optimizer)
         contenders[variant.name] = Contender(optimizer.step, variant.slow)
     say(f"{case.name}: timing {rounds} rounds")
+    return interleave(contenders, rounds, device, progress_of(case.name, rounds, say)), state_bytes
+
+
+def progress_of(name: str, rounds: int, say: Say) -> Callable[[int], None]:
+    """Called after every round, says now and then how far the measurement is."""
     begun = last = time.monotonic()
 
     def show_progress(done: int) -> None:
@@ -83,9 +88,9 @@ def time_steps(
         now = time.monotonic()
         if now - last > 10:
             last = now
-            say(f"{case.name}: round {done} of {rounds} after {now - begun:.0f} s")
+            say(f"{name}: round {done} of {rounds} after {now - begun:.0f} s")
 
-    return interleave(contenders, rounds, device, show_progress), state_bytes
+    return show_progress
 
 
 def _state_bytes(optimizer: torch.optim.Optimizer) -> int:

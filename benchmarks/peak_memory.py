@@ -1,4 +1,4 @@
-"""How much memory a step needs beside parameters, gradients and state.
+"""How much memory a step needs beside parameters, gradients and state, or a contest's run beside its result.
 
 Measured in a process of its own, in three ways: the peak of torch's allocator (exact), the peak of Python's
 allocations (exact), and the growth of the resident set (all there is, in the kernel's coarse counts).
@@ -18,8 +18,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from torch import Tensor
+
+from childtune_kernels import ChildMask
 
 from .cases import CASES, Case, Workload
+from .contests import CONTESTS, Contest
 from .environment import ROOT, synchronize
 from .variants import variants_of
 
@@ -28,8 +32,8 @@ Peaks = dict[str, int]
 _MMAP_THRESHOLD = 64 * 1024
 
 
-def peaks_of(case: Case, device: torch.device) -> dict[str, Peaks]:
-    """Variant → its peaks in bytes, measured in a new process.
+def peaks_of(case: Case | Contest, device: torch.device) -> dict[str, Peaks]:
+    """Variant or competitor → its peaks in bytes, measured in a new process.
 
     Raises:
         RuntimeError: the process failed; its message says how.
@@ -54,17 +58,42 @@ def measure(case: Case, device: torch.device) -> dict[str, Peaks]:
     for variant in variants_of(case):
         optimizer = variant.build(workload.named)
         workload.share_moments(optimizer)
-        repeats = 1 if variant.slow else 3
-        for _ in range(repeats - 1):
-            optimizer.step()
-        found = {
-            "resident": _least(resident_growth, optimizer.step, repeats),
-            "python": _least(python_peak, optimizer.step, 1),
-            "tensors": tensor_peak(optimizer.step, device),
-        }
-        found["total"] = max(found["resident"], found["python"] + found["tensors"])
-        peaks[variant.name] = found
+        peaks[variant.name] = _peaks(optimizer.step, 1 if variant.slow else 3, device)
     return peaks
+
+
+def measure_contest(contest: Contest, device: torch.device) -> dict[str, Peaks]:
+    """Competitor → its peaks in bytes beyond what a run returns, measured in this process."""
+    steps = contest.prepare(contest.shapes(), device).steps
+    peaks = {}
+    for competitor in contest.competitors:
+        step = steps[competitor.name]
+        returned = bytes_of(step())
+        found = _peaks(step, 1 if competitor.slow else 3, device)
+        beyond = max(0, found["total"] - returned)
+        peaks[competitor.name] = {**found, "total": beyond, "result": returned}
+    return peaks
+
+
+def _peaks(step: Callable[[], object], repeats: int, device: torch.device) -> Peaks:
+    for _ in range(repeats - 1):
+        step()
+    found = {
+        "resident": _least(resident_growth, step, repeats),
+        "python": _least(python_peak, step, 1),
+        "tensors": tensor_peak(step, device),
+    }
+    found["total"] = max(found["resident"], found["python"] + found["tensors"])
+    return found
+
+
+def bytes_of(result: object) -> int:
+    """Bytes of the tensors in what a run returned."""
+    if isinstance(result, ChildMask):
+        return sum(words.nbytes for words in result.words.values())
+    if isinstance(result, dict):
+        return sum(map(bytes_of, result.values()))
+    return result.nbytes if isinstance(result, Tensor) else 0
 
 
 def _least(
@@ -131,12 +160,16 @@ def tensor_peak(step: Callable[[], object], device: torch.device) -> int:
 
 
 def main() -> None:
-    """Print the peaks of a case as one line of JSON."""
+    """Print the peaks of a case or contest as one line of JSON."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.peak_memory", description=__doc__)
-    parser.add_argument("case", choices=CASES)
+    parser.add_argument("case", choices=[*CASES, *CONTESTS])
     parser.add_argument("--device", default="cpu", type=torch.device)
     options = parser.parse_args()
-    print(json.dumps(measure(CASES[options.case], options.device)))
+    name, device = options.case, options.device
+    peaks = (
+        measure(CASES[name], device) if name in CASES else measure_contest(CONTESTS[name], device)
+    )
+    print(json.dumps(peaks))
 
 
 if __name__ == "__main__":

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from . import targets
+from . import report_contests, targets
 from .cases import BYTES_PER_PARAMETER, CASES, DTYPE, Case
+from .contests import CONTESTS
 from .environment import ROOT
+from .figures import milliseconds, size, table, with_quartiles
 from .plot import plot
 from .variants import TORCH_FUSED, Variant, variants_of
 
@@ -18,21 +20,30 @@ Result = dict[str, Any]
 
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 _ORDER = [(case.name, variant.name) for case in CASES.values() for variant in variants_of(case)]
+_CONTEST_ORDER = [
+    (contest.name, competitor.name)
+    for contest in CONTESTS.values()
+    for competitor in contest.competitors
+]
 
 
 def slim(run: dict[str, Any]) -> Result:
-    """What is kept of a run: what it ran on, and a record a variant without single rounds.
+    """What is kept of a run: what it ran on, and a record a variant or competitor without single rounds.
 
     Raises:
         ValueError: the JSON holds no benchmarks of this package.
     """
-    records = [b["extra_info"] for b in run["benchmarks"] if "ratio_to_fused" in b["extra_info"]]
+    found = {
+        (b["extra_info"].get("case"), b["extra_info"].get("variant")): b["extra_info"]
+        for b in run["benchmarks"]
+    }
+    records = [found[each] for each in _ORDER if each in found]
+    contest_records = [found[each] for each in _CONTEST_ORDER if each in found]
     environment = run["machine_info"].get("environment")
-    if not records or environment is None:
+    if not (records or contest_records) or environment is None:
         raise ValueError(
             "no records in this file; make it with pytest benchmarks/ --benchmark-json"
         )
-    records.sort(key=lambda record: _ORDER.index((record["case"], record["variant"])))
     commit = run["commit_info"]
     return {
         "date": run["datetime"][:10],
@@ -40,8 +51,9 @@ def slim(run: dict[str, Any]) -> Result:
         "commit": commit["id"],
         "dirty": commit["dirty"],
         "environment": {**environment, "pytest_benchmark": run["version"]},
-        "targets": targets.verdicts(records),
+        "targets": targets.verdicts([*records, *contest_records]),
         "records": records,
+        "contest_records": contest_records,
     }
 
 
@@ -68,14 +80,15 @@ def section(result: Result, picture: str) -> str:
         f"{environment['threads']} threads, {environment['platform']}; "
         f"{environment['compiler'] or 'compiler unknown'}, `{flags}`.",
         "",
-        f"![Time of a step by variant]({picture})",
-        "",
     ]
+    if result["records"]:
+        lines += [f"![Time of a step by variant]({picture})", ""]
     for case in CASES.values():
         records = {r["variant"]: r for r in result["records"] if r["case"] == case.name}
         if records:
             lines += [f"### {case.title}", "", _limit(case, records), ""]
             lines += [*_table(case, records), ""]
+    lines += report_contests.sections(result.get("contest_records", []))
     lines += ["### Targets", "", *_target_table(result["targets"]), ""]
     return "\n".join(lines)
 
@@ -83,9 +96,9 @@ def section(result: Result, picture: str) -> str:
 def _limit(case: Case, records: dict[str, dict[str, Any]]) -> str:
     record = records.get(TORCH_FUSED.name) or next(iter(records.values()))
     if case.limit == "tensors":
-        size = 4 * DTYPE.itemsize * case.parameters / 1e6
+        megabytes = 4 * DTYPE.itemsize * case.parameters / 1e6
         return (
-            f"The {size:.1f} MB of all tensors together stay in the caches: what counts is the work a "
+            f"The {megabytes:.1f} MB of all tensors together stay in the caches: what counts is the work a "
             "step does by the tensor and by the group before it touches an element."
         )
     copy = record["copy_bytes_per_second"]
@@ -97,19 +110,19 @@ def _limit(case: Case, records: dict[str, dict[str, Any]]) -> str:
 
 def _columns(case: Case, variant: Variant, record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "variant", variant.title
-    yield "ms", _milliseconds(record["seconds"])
+    yield "ms", milliseconds(record["seconds"])
     if case.limit == "tensors":
         yield "µs a tensor", f"{record['us_per_tensor']:.2f}"
     yield "ns a parameter", f"{record['ns_per_parameter']:.2f}"
     yield "GB/s", f"{record['effective_bytes_per_second'] / 1e9:.1f}"
     if case.limit == "bytes":
         yield "of a copy", f"{record['share_of_copy']:.0%}"
-    yield "time / torch fused", _with_quartiles(record, "ratio_to_fused")
-    yield "unfused / time", _with_quartiles(record, "speedup_over_unfused")
+    yield "time / torch fused", with_quartiles(record, "ratio_to_fused")
+    yield "unfused / time", with_quartiles(record, "speedup_over_unfused")
     if case.grouped:
-        yield "time / one group", _with_quartiles(record, "ratio_to_one_group")
+        yield "time / one group", with_quartiles(record, "ratio_to_one_group")
     yield "state bytes a parameter", f"{record['state_bytes_per_parameter']:.3g}"
-    yield "extra memory", _size(record["peak_total_bytes"])
+    yield "extra memory", size(record["peak_total_bytes"])
     yield "rounds", str(record["rounds"])
 
 
@@ -119,28 +132,7 @@ def _table(case: Case, records: dict[str, dict[str, Any]]) -> Iterator[str]:
         for variant in variants_of(case)
         if variant.name in records
     ]
-    yield "| " + " | ".join(rows[0]) + " |"
-    yield "|---|" + "---:|" * (len(rows[0]) - 1)
-    for row in rows:
-        yield "| " + " | ".join(row.values()) + " |"
-
-
-def _with_quartiles(record: dict[str, Any], key: str) -> str:
-    if key not in record:
-        return ""
-    digits = 1 if record[key] >= 10 else 2
-    low, high = record[f"{key}_quartiles"]
-    return f"{record[key]:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
-
-
-def _milliseconds(seconds: float) -> str:
-    """Three digits that count, and no exponent."""
-    value = seconds * 1e3
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _size(size: int) -> str:
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"
+    yield from table(rows)
 
 
 def _target_table(found: list[dict[str, Any]]) -> Iterator[str]:
@@ -168,7 +160,8 @@ def update_document(path: Path, results: list[Result]) -> None:
     sections = []
     for result in results:
         picture = path.with_name(f"{path.stem}-{result['environment']['device']}.png")
-        plot(result, picture)
+        if result["records"]:
+            plot(result, picture)
         sections.append(section(result, picture.name))
     before, rest = text.split(BEGIN)
     after = rest.split(END)[1]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cases import BERT_BASE, BERT_LARGE, LARGE_TENSOR, SMALL_TENSORS
+from .contests import checkpoint, fisher, selection
 from .rounds import MINIMAL_ROUNDS
 from .variants import (
     CT_D,
@@ -20,11 +21,13 @@ from .variants import (
 )
 
 _MIB = 2**20
+# What a clock has a part in, and so the number of rounds.
+_TIMED = ("seconds", "ratio", "speedup", "rate")
 
 
 @dataclass(frozen=True)
 class Target:
-    """A bound on one figure of one variant on one case."""
+    """A bound on one figure of one variant on one case, or of one competitor in one contest."""
 
     case: str
     variant: str
@@ -37,7 +40,7 @@ class Target:
         value = None if record is None else record.get(self.measure)
         if record is None or value is None:
             verdict = "not measured"
-        elif record["rounds"] < MINIMAL_ROUNDS and not self.measure.startswith("peak"):
+        elif record["rounds"] < MINIMAL_ROUNDS and self.measure.startswith(_TIMED):
             verdict = f"fewer than {MINIMAL_ROUNDS} rounds"
         else:
             met = value >= self.bound if self.at_least else value <= self.bound
@@ -59,6 +62,7 @@ def _grouped(variant: Variant) -> str:
 
 _LARGE, _BASE = LARGE_TENSOR.name, BERT_BASE.name
 _SMALL = SMALL_TENSORS.name
+_SELECTION = selection.BERT_LARGE.name
 
 CPU_TARGETS = (
     Target(_LARGE, CT_F.name, "ratio_to_fused", 1.10),
@@ -83,6 +87,21 @@ CPU_TARGETS = (
         for case in (LARGE_TENSOR, BERT_BASE, BERT_LARGE, SMALL_TENSORS)
         for variant in (PLAIN, CT_F, *CT_D_VARIANTS)
     ),
+    Target(_SELECTION, selection.SELECT.name, "seconds", 0.7),
+    Target(_SELECTION, selection.SELECT.name, "peak_total_bytes", 50e6),
+    Target(selection.OTHERS.name, selection.SELECT.name, "ratio_to_kthvalue", 0.25),
+    Target(
+        selection.OTHERS.name,
+        selection.SELECT.name,
+        "speedup_over_percentile",
+        20,
+        at_least=True,
+    ),
+    *(
+        Target(contest.name, fisher.OURS.name, "rate_to_add", 0.8, at_least=True)
+        for contest in fisher.CONTESTS
+    ),
+    Target(checkpoint.BASE.name, checkpoint.TENTH.name, "share_of_weights", 0.17),
 )
 TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS}
 
@@ -106,7 +125,7 @@ def lines(found: Iterable[dict[str, Any]]) -> Iterator[str]:
         value = "-" if item["value"] is None else figure(item["measure"], item["value"])
         name = title(item["measure"])
         yield (
-            f"{item['case']:<15}{item['variant']:<19}{name:<22}{value:>10}   {bound:<12}"
+            f"{item['case']:<21}{item['variant']:<19}{name:<22}{value:>10}   {bound:<12}"
             f"{item['verdict']}"
         )
 
@@ -117,7 +136,13 @@ _TITLES = {
     "ratio_to_one_group": "time / one group",
     "peak_total_bytes": "extra memory",
     "state_bytes_per_parameter": "bytes a parameter",
+    "seconds": "time",
+    "ratio_to_kthvalue": "time / kthvalue",
+    "speedup_over_percentile": "percentile / time",
+    "rate_to_add": "rate / torch.add",
+    "share_of_weights": "file / weights",
 }
+MEASURES = tuple(_TITLES)
 
 
 def title(measure: str) -> str:
@@ -129,6 +154,10 @@ def figure(measure: str, value: float) -> str:
     """A figure as a person reads it."""
     if measure == "state_bytes_per_parameter":
         return f"{value:.3f}"
+    if measure == "share_of_weights":
+        return f"{value:.4f}"
+    if measure == "seconds":
+        return f"{value:.3g} s"
     if measure.endswith("bytes"):
         return f"{value / _MIB:.2f} MiB"
     return f"{value:.3g} ×" if value >= 10 else f"{value:.2f} ×"
