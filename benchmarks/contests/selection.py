@@ -28,9 +28,6 @@ _ZEROS = "select_0.3_zeros"
 SELECT = Competitor("select_0.3", "select_child, p = 0.3")
 KTHVALUE = Competitor("kthvalue", "torch.kthvalue of the concatenation")
 PERCENTILE = Competitor("percentile", "concatenation, numpy.percentile, >=", slow=True)
-APPENDED = Competitor(
-    "percentile_append", "the same, appended tensor by tensor as released", slow=True
-)
 
 
 def random_fisher(shapes: Shapes, device: torch.device) -> Fisher:
@@ -65,18 +62,12 @@ def _select(fisher: Fisher, share: float, granularity: int) -> Callable[[], Chil
     return select
 
 
-def _percentile(fisher: Fisher, append: bool) -> Callable[[], Fisher]:
+def _percentile(fisher: Fisher) -> Callable[[], Fisher]:
     """The rule of the original code: everything at or above the percentile of all values in NumPy."""
     import numpy
 
     def select() -> Fisher:
-        arrays = [value.view(-1).cpu().numpy() for value in fisher.values()]
-        values = arrays[0]
-        if append:
-            for array in arrays[1:]:
-                values = numpy.append(values, array)
-        else:
-            values = numpy.concatenate(arrays)
+        values = numpy.concatenate([value.view(-1).cpu().numpy() for value in fisher.values()])
         threshold = float(numpy.percentile(values, 100 * (1 - _SHARE)))
         return {name: value >= threshold for name, value in fisher.items()}
 
@@ -99,8 +90,7 @@ def _prepare_others(shapes: Shapes, device: torch.device) -> Prepared:
         {
             SELECT.name: _select(fisher, _SHARE, 1),
             KTHVALUE.name: lambda: values.kthvalue(place).values,
-            PERCENTILE.name: _percentile(fisher, append=False),
-            APPENDED.name: _percentile(fisher, append=True),
+            PERCENTILE.name: _percentile(fisher),
         }
     )
 
@@ -162,12 +152,11 @@ def _faults_others(shapes: Shapes, device: torch.device) -> dict[str, str]:
         faults[SELECT.name] = fault
     if steps[KTHVALUE.name]() != values[expected].min():
         faults[KTHVALUE.name] = "the value is not the smallest of the child"
-    for name in (PERCENTILE.name, APPENDED.name):
-        masks = steps[name]()
-        assert isinstance(masks, dict)
-        # The percentile lies between two elements and has fp32's rounding.
-        if int((_joined(masks) != expected).sum()) > 1:
-            faults[name] = "the elements above the percentile are not the child"
+    masks = steps[PERCENTILE.name]()
+    assert isinstance(masks, dict)
+    # The percentile lies between two elements and has fp32's rounding.
+    if int((_joined(masks) != expected).sum()) > 1:
+        faults[PERCENTILE.name] = "the elements above the percentile are not the child"
     return faults
 
 
@@ -190,14 +179,14 @@ BERT_LARGE = Contest(
     memory=True,
 )
 OTHERS = Contest(
-    name="select_2^25",
-    title="Selection of 30 % of 2²⁵ elements in 32 tensors, beside others",
+    name="select_bert_base",
+    title="Selection of 30 % of the encoder of BERT-base, 192 tensors of 85 M elements, beside others",
     family="selection",
     op="topk_select",
-    competitors=(SELECT, KTHVALUE, PERCENTILE, APPENDED),
-    make_shapes=lambda: {f"layers.{index}.weight": (1024, 1024) for index in range(32)},
-    tensors=32,
-    elements=2**25,
+    competitors=(SELECT, KTHVALUE, PERCENTILE),
+    make_shapes=BertSizes(hidden=768, layers=12).encoder_shapes,
+    tensors=192,
+    elements=85_054_464,
     prepare=_prepare_others,
     faults=_faults_others,
     comparisons=(
