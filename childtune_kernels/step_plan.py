@@ -161,6 +161,7 @@ class StepPlan:
         self._options: list[Any] = [None] * len(self.groups)
         self._seeds = [group["seed"] for group in self.groups]
         self._key_counts = [0] * len(self.groups)
+        self._decays_outside = [False] * len(self.groups)
         self._live: list[int] | None = None
         self._live_rows = torch.tensor([], dtype=torch.int64, device="cpu")
         self._placed, self._pointed = _NOTHING, _NOTHING
@@ -253,6 +254,9 @@ class StepPlan:
         """Drop what only the step needed, and tell autograd that the weights have changed."""
         self._copies.clear()
         torch.autograd.graph.increment_version(self._changing)
+        for group, decays_outside in zip(self.groups, self._decays_outside, strict=True):
+            if decays_outside:
+                group[WROTE_OUTSIDE] = True
 
     def _at(self, index: int, column: str) -> int:
         return index * ROW_WIDTH + ROW_COLUMN[column]
@@ -272,8 +276,8 @@ class StepPlan:
             start = index * GROUP_WIDTH
             for name, at in GROUP_COLUMN.items():
                 self._group_data[start + at] = getattr(numbers, name)
-            if masked and not numbers.freeze_non_child and numbers.lr * numbers.weight_decay > 0:
-                group[WROTE_OUTSIDE] = True
+            decays = numbers.lr * numbers.weight_decay > 0
+            self._decays_outside[index] = masked and decays and not numbers.freeze_non_child
             for row in rows:
                 row.numbers = numbers
                 state_tensors.check_options(row.label, row.parameter, row.state, group)
