@@ -15,7 +15,7 @@ from .child_file import ChildCheckpoint, load_child
 from .child_mask import ChildMask
 from .group_options import WROTE_OUTSIDE
 from .named_weights import NamedWeights, counterparts, named_weights, shortened
-from .progress import progress_of_bytes
+from .progress import progress_of_amount
 
 __all__ = ["ChildCheckpoint", "apply_child", "child_diff", "load_child", "save_child"]
 
@@ -93,7 +93,7 @@ def fingerprint(tensors: Mapping[str, Tensor], mask: ChildMask, whole: Iterable[
     counted = sorted(tensors.keys() - set(whole))
     digest = weight_bits.BitDigest()
     sizes = {label: tensors[label].numel() * tensors[label].element_size() for label in counted}
-    with progress_of_bytes("fingerprint of the base", sum(sizes.values())) as advance:
+    with progress_of_amount("fingerprint of the base", sum(sizes.values())) as advance:
         for label in counted:
             digest.add(label, tensors[label], mask.words.get(label))
             advance(sizes[label])
@@ -326,7 +326,7 @@ def diff_checkpoint(base: NamedWeights, tuned: NamedWeights) -> ChildCheckpoint:
     words, dense, other = {}, [], []
     pairs = _pairs(tuned, base, "base")
     total = sum(tensor.numel() * tensor.element_size() for tensor in pairs.values())
-    with progress_of_bytes("comparing", total) as advance:
+    with progress_of_amount("comparing", total) as advance:
         for label, tensor in tuned.tensors.items():
             advance(tensor.numel() * tensor.element_size())
             if weight_bits.same_bits(pairs[label], tensor):

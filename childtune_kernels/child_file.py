@@ -15,7 +15,7 @@ from . import ops
 from ._version import __version__
 from .child_mask import ChildMask
 from .named_weights import Ties
-from .progress import progress_of_bytes
+from .progress import progress_of_amount
 from .weight_bits import BitDigest
 from .whole_file import open_whole, save_whole
 
@@ -95,7 +95,7 @@ def content_digest(
     for key in _KEYS:
         digest.add_line(key, metadata.get(key))
     total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    with progress_of_bytes(f"digest of {os.path.basename(what)}", total) as advance:
+    with progress_of_amount(f"digest of {os.path.basename(what)}", total) as advance:
         for name in sorted(tensors):
             digest.add(name, tensors[name])
             advance(tensors[name].numel() * tensors[name].element_size())

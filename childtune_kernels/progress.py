@@ -12,8 +12,10 @@ PATIENCE = 2.0  # seconds; what is done by then needs no bar
 
 
 @contextmanager
-def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], object]]:
-    """Gives a function that is told how many bytes more are done.
+def progress_of_amount(
+    what: str, total: int | None, unit: str = "B"
+) -> Iterator[Callable[[int], object]]:
+    """Gives a function that is told how much more is done, of ``total`` where that is known.
 
     A bar stands on a terminal's standard error once ``PATIENCE`` is over, if tqdm is installed.
     """
@@ -23,7 +25,13 @@ def progress_of_bytes(what: str, total: int) -> Iterator[Callable[[int], object]
         yield lambda done: None
         return
     with tqdm(
-        desc=what, total=total, unit="B", unit_scale=True, delay=PATIENCE, disable=None, leave=False
+        desc=what,
+        total=total,
+        unit=unit,
+        unit_scale=True,
+        delay=PATIENCE,
+        disable=None,
+        leave=False,
     ) as bar:
         yield bar.update
 

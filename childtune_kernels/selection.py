@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from . import ops
 from .child_mask import ChildMask, by_label
 from .labels import philox_key
 from .plan_row import contiguous_map
+from .progress import progress_of_amount
 from .radix_select import first_key_from, place_of, refuse_unordered, value_of, words_up_to
 
 SCOPES = ("global", "tensor")
@@ -302,13 +302,13 @@ class _Draw(NamedTuple):
 
 def _smallest_words(draws: Sequence[_Draw], k: int) -> list[Tensor]:
     """The mask words of the k elements of smallest word, equal words by position."""
-    with _progress() as bar:
+    with progress_of_amount("random child", None, " words") as advance:
 
         def count(threshold: int) -> int:
             found = 0
             for draw in draws:
                 found += ops.count_mask(draw.below(threshold))
-                bar(draw.numel)
+                advance(draw.numel)
             return found
 
         threshold, found = _search(count, k, sum(draw.numel for draw in draws))
@@ -324,18 +324,6 @@ def _smallest_words(draws: Sequence[_Draw], k: int) -> list[Tensor]:
                 at_most = below | ops.pack_mask(ties)
             words.append(at_most)
     return words
-
-
-@contextlib.contextmanager
-def _progress() -> Iterator[Callable[[int], object]]:
-    """Called with the numbers of words drawn, shows a bar after some seconds where tqdm is installed."""
-    try:
-        from tqdm.auto import tqdm
-    except ImportError:
-        yield lambda drawn: None
-        return
-    with tqdm(desc="random child", unit=" words", unit_scale=True, delay=3, leave=False) as bar:
-        yield bar.update
 
 
 def _search(count: Callable[[int], int], k: int, numel: int) -> tuple[int, int]:

@@ -164,22 +164,24 @@ def _restored_state(
     if "max_exp_avg_sq" in saved:
         raise ValueError(f"state of {label}: max_exp_avg_sq of amsgrad=True is not supported")
     current_words = child_layout.mask_words(current, parameter.numel())
-    words = _saved_words(label, parameter, saved) if own else current_words
+    saved_words = _saved_words(label, parameter, saved)
+    words = saved_words if own else current_words
     if words is not None:
         words = words.to(parameter.device, copy=True)
     if not own and not saved:
         return state_tensors.initial_state(label, parameter, words, group)
-    read = _read_state(label, parameter, saved)
+    read = _read_state(label, parameter, saved, saved_words)
     restored_state = state_tensors.moved_state(label, parameter, read, words, group)
     if own:
         _warn_of_other_mask(label, words, current_words)
     return restored_state
 
 
-def _read_state(label: str, parameter: Tensor, saved: State) -> dict[str, Tensor]:
-    """A saved state on the parameter's device, after a check of all its tensors."""
+def _read_state(
+    label: str, parameter: Tensor, saved: State, words: Tensor | None
+) -> dict[str, Tensor]:
+    """A saved state, whose mask words are ``words``, on the parameter's device and checked."""
     compact = child_layout.is_compact(saved)
-    words = _saved_words(label, parameter, saved)
     shape = parameter.shape
     if compact:
         if words is None:

@@ -8,7 +8,7 @@ import sys
 import pytest
 
 from childtune_kernels import progress
-from childtune_kernels.progress import progress_of_bytes
+from childtune_kernels.progress import progress_of_amount
 
 
 class Terminal(io.StringIO):
@@ -21,7 +21,7 @@ class Terminal(io.StringIO):
 def printed(error: io.StringIO, monkeypatch: pytest.MonkeyPatch) -> str:
     """What work of 100 bytes prints."""
     monkeypatch.setattr(sys, "stderr", error)
-    with progress_of_bytes("digest of nothing", 100) as advance:
+    with progress_of_amount("digest of nothing", 100) as advance:
         advance(40)
         advance(60)
     return error.getvalue()

@@ -16,7 +16,7 @@ from ..child_checkpoint import check_base, child_diff, diff_checkpoint, write_tu
 from ..child_file import ChildCheckpoint, load_child
 from ..labels import label_of
 from ..named_weights import named_weights
-from ..progress import progress_of_bytes
+from ..progress import progress_of_amount
 from ..weight_files import INDEX, WeightFiles, read_weights, write_weights
 
 
@@ -133,7 +133,7 @@ def _apply(options: argparse.Namespace) -> None:
         return tensor
 
     total = sum(tensor.numel() * tensor.element_size() for tensor in files.tensors.values())
-    with progress_of_bytes("writing", total) as advance:
+    with progress_of_amount("writing", total) as advance:
         write_weights(options.out, files, tuned, advance)
     print(
         f"{options.out}: {checkpoint.mask.count():,} elements and {len(checkpoint.whole)} whole tensors "
