@@ -11,12 +11,12 @@ from torch import Tensor
 from . import ops
 from .plan_row import INDICES_UNIT, WORDS_UNIT
 
-# Measured on Zen 4, 2 cores, 32M fp32, a step by each layout at the same density (docs/performance.md):
-# lists of indices beat words below about one element in eight, where they also need less memory; runs
-# beat both from a mean length of 32 on, as long as they need no more memory than words and ranks.
-_RUN_LENGTH = 32
-_ELEMENTS_A_RUN = 64
-_SPARSE = 1 / 8
+# Measured on Zen 4, 2 cores, 32M fp32, a step by each layout at the same density (docs/performance.md). Words
+# cost what reading the tensor costs, indices 2 to 4 ns an element of the child, a run about 30 ns and its
+# elements. Below one element in sixteen indices also need less memory than words.
+_SPARSE = 1 / 16
+_RUN_LENGTH = 24
+_ELEMENTS_A_RUN = 160
 
 LAYOUT_KEYS = ("mask_words", "child_ranks", "child_indices", "child_runs")
 
@@ -66,10 +66,9 @@ def child_layout(words: Tensor, numel: int, layout: str | None = None) -> dict[s
 
 
 def _suitable(count: int, runs: int, numel: int) -> str:
-    sparse = count < _SPARSE * numel
-    if count >= _RUN_LENGTH * runs and (sparse or numel >= _ELEMENTS_A_RUN * runs):
+    if count >= _RUN_LENGTH * runs and numel - count >= _ELEMENTS_A_RUN * (runs - 1):
         return "runs"
-    return "indices" if sparse else "words"
+    return "indices" if count < _SPARSE * numel else "words"
 
 
 def _ranks(words: Tensor, unit: int) -> Tensor:

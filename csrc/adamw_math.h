@@ -16,11 +16,13 @@ inline double power(double base, uint64_t exponent) {
 template <class Real>
 struct AdamWScalars {
   Real beta1, c1, beta2, c2;     // c = 1 - beta
-  Real rescale;                  // r = 1/p
+  Real rescale;                  // r = 1/p, negative where maximize asks for -g
   Real decay;                    // a
   Real step_size, inverse_root;  // s, b
   Real eps;
-  bool decays, rescales, original, maximize;
+  bool decays_before, decays_after;
+
+  bool decays() const { return decays_before || decays_after; }
 };
 
 // Eq. 7.
@@ -30,8 +32,8 @@ inline AdamWScalars<Real> adamw_scalars(const PlanGroup& group, uint64_t step) {
   const double correction1 = correct ? 1.0 - power(group.beta1, step) : 1.0;
   const double correction2 = correct ? 1.0 - power(group.beta2, step) : 1.0;
   AdamWScalars<Real> scalars;
-  scalars.original = group.original_convention != 0;
-  if (scalars.original) {
+  const bool original = group.original_convention != 0;
+  if (original) {
     scalars.step_size = Real(group.lr * __builtin_sqrt(correction2) / correction1);
     scalars.inverse_root = Real(1);
   } else {
@@ -43,11 +45,11 @@ inline AdamWScalars<Real> adamw_scalars(const PlanGroup& group, uint64_t step) {
   scalars.beta2 = Real(group.beta2);
   scalars.c2 = Real(1.0 - group.beta2);
   scalars.rescale = Real(1.0 / group.reserve_p);
+  if (group.maximize != 0) scalars.rescale = -scalars.rescale;
   scalars.decay = Real(group.lr * group.weight_decay);
   scalars.eps = Real(group.eps);
-  scalars.decays = scalars.decay != Real(0);
-  scalars.rescales = group.reserve_p != 1.0;
-  scalars.maximize = group.maximize != 0;
+  scalars.decays_before = scalars.decay != Real(0) && !original;
+  scalars.decays_after = scalars.decay != Real(0) && original;
   return scalars;
 }
 
@@ -68,21 +70,23 @@ CHILDTUNE_INLINE Vec decayed(Vec weight, const AdamWScalars<Real>& scalars) {
   return weight - scalars.decay * weight;
 }
 
-// Eq. 8 to 11 for one vector; bit k of `keep` says whether lane k's gradient counts.
+// Eq. 8 and 10 for one vector; bit k of `keep` says whether lane k's gradient counts. Returns what eq. 11
+// subtracts from the weight. A factor of one changes no value, so r and b need no test.
 template <class Real, class Vec>
-CHILDTUNE_INLINE void adamw_vector(Vec& weight, Vec grad, Vec& exp_avg, Vec& exp_avg_sq, uint64_t keep,
-                                   const AdamWScalars<Real>& scalars) {
-  if (scalars.maximize) grad = -grad;
-  if (scalars.rescales) grad = grad * scalars.rescale;
-  grad = select(keep, grad, Vec{});
+CHILDTUNE_INLINE Vec moments_and_update(Vec grad, Vec& exp_avg, Vec& exp_avg_sq, uint64_t keep,
+                                        const AdamWScalars<Real>& scalars) {
+  grad = select(keep, grad * scalars.rescale, Vec{});
   exp_avg = scalars.beta1 * exp_avg + scalars.c1 * grad;
   exp_avg_sq = scalars.beta2 * exp_avg_sq + scalars.c2 * (grad * grad);
   const Vec root = square_root(exp_avg_sq);
-  if (scalars.original) {
-    weight = weight - scalars.step_size * exp_avg / (root + scalars.eps);
-    if (scalars.decays) weight = decayed(weight, scalars);
-  } else {
-    if (scalars.decays) weight = decayed(weight, scalars);
-    weight = weight - scalars.step_size * exp_avg / (root * scalars.inverse_root + scalars.eps);
-  }
+  return scalars.step_size * exp_avg / (root * scalars.inverse_root + scalars.eps);
+}
+
+// Eq. 9 and 11: one vector of weights.
+template <class Real, class Vec>
+CHILDTUNE_INLINE Vec updated(Vec weight, Vec update, const AdamWScalars<Real>& scalars) {
+  if (scalars.decays_before) weight = decayed(weight, scalars);
+  weight = weight - update;
+  if (scalars.decays_after) weight = decayed(weight, scalars);
+  return weight;
 }

@@ -1,4 +1,4 @@
-// Elements whose bit is set, moved together, and back. Types of one size share their code: bits move.
+// Elements whose bit is set, moved together, and back; elements at places of a list.
 
 // The elements from `source` on whose bit is set go to `target`, one after the other. Returns how many
 // they are.
@@ -54,25 +54,6 @@ CHILDTUNE_INLINE int compress_block(const Half* source, uint64_t bits, Half* tar
   return count;
 }
 
-CHILDTUNE_INLINE int expand_block(const float* source, uint64_t bits, float* target) {
-  int count = 0;
-#pragma GCC unroll 4
-  for (int at = 0; at < kBlock; at += 16) {
-    const __mmask16 lanes = __mmask16(bits >> at);
-    _mm512_mask_storeu_ps(target + at, lanes, _mm512_maskz_expand_ps(lanes, _mm512_loadu_ps(source + count)));
-    count += __builtin_popcount(lanes);
-  }
-  return count;
-}
-CHILDTUNE_INLINE int expand_block(const double* source, uint64_t bits, double* target) {
-  int count = 0;
-  for (int at = 0; at < kBlock; at += 8) {
-    const __mmask8 lanes = __mmask8(bits >> at);
-    _mm512_mask_storeu_pd(target + at, lanes, _mm512_maskz_expand_pd(lanes, _mm512_loadu_pd(source + count)));
-    count += __builtin_popcount(lanes);
-  }
-  return count;
-}
 template <class Half>
 CHILDTUNE_INLINE int expand_block(const Half* source, uint64_t bits, Half* target) {
   int count = 0;
@@ -86,6 +67,26 @@ CHILDTUNE_INLINE int expand_block(const Half* source, uint64_t bits, Half* targe
   return count;
 }
 
+// Lanes whose bit is set, from neighbouring elements, of which a whole vector is read. What the other
+// lanes hold does not count.
+CHILDTUNE_INLINE VecF32 expand_vector(const float* source, uint64_t lanes) {
+  return (VecF32)_mm512_maskz_expand_ps((__mmask16)lanes, _mm512_loadu_ps(source));
+}
+CHILDTUNE_INLINE VecF64 expand_vector(const double* source, uint64_t lanes) {
+  return (VecF64)_mm512_maskz_expand_pd((__mmask8)lanes, _mm512_loadu_pd(source));
+}
+
+// The elements at a vector's number of places. Measured on Zen 4: a step of 2 % of 32M elements takes
+// 2.4 ms with gathers and 4.3 where lanes are read one by one and put together.
+CHILDTUNE_INLINE VecF32 gather_vector(const float* source, const uint16_t* places) {
+  const __m256i found = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(places));
+  return (VecF32)_mm512_i32gather_ps(_mm512_cvtepu16_epi32(found), source, 4);
+}
+CHILDTUNE_INLINE VecF64 gather_vector(const double* source, const uint16_t* places) {
+  const __m128i found = _mm_loadu_si128(reinterpret_cast<const __m128i*>(places));
+  return (VecF64)_mm512_i32gather_pd(_mm256_cvtepu16_epi32(found), source, 8);
+}
+
 #else
 
 template <class Element>
@@ -95,6 +96,27 @@ CHILDTUNE_INLINE int compress_block(const Element* source, uint64_t bits, Elemen
 template <class Element>
 CHILDTUNE_INLINE int expand_block(const Element* source, uint64_t bits, Element* target) {
   return expand_elements(source, bits, target);
+}
+
+template <class Vec, class Element>
+CHILDTUNE_INLINE Vec expand_lanes(const Element* source, uint64_t lanes) {
+  Vec vector{};
+  expand_elements(source, lanes & ((uint64_t(1) << (sizeof(Vec) / sizeof(Element))) - 1),
+                  reinterpret_cast<Element*>(&vector));
+  return vector;
+}
+CHILDTUNE_INLINE VecF64 expand_vector(const double* source, uint64_t lanes) {
+  return expand_lanes<VecF64>(source, lanes);
+}
+
+template <class Vec, class Element>
+CHILDTUNE_INLINE Vec gather_lanes(const Element* source, const uint16_t* places) {
+  Vec vector{};
+  for (int lane = 0; lane < int(sizeof(Vec) / sizeof(Element)); ++lane) vector[lane] = source[places[lane]];
+  return vector;
+}
+CHILDTUNE_INLINE VecF64 gather_vector(const double* source, const uint16_t* places) {
+  return gather_lanes<VecF64>(source, places);
 }
 
 #if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 32
@@ -133,17 +155,20 @@ CHILDTUNE_INLINE int compress_block(const float* source, uint64_t bits, float* t
   }
   return count;
 }
-CHILDTUNE_INLINE int expand_block(const float* source, uint64_t bits, float* target) {
-  int count = 0;
-  for (int at = 0; at < kBlock; at += 8) {
-    const uint32_t lanes = uint32_t(bits >> at) & 0xFFu;
-    const __m256 spread = _mm256_permutevar8x32_ps(_mm256_loadu_ps(source + count), lane_order(kLaneOrders.apart[lanes]));
-    // Zen 4 takes longer for a masked store than for reading and writing the whole vector.
-    const __m256 stored = _mm256_loadu_ps(target + at);
-    _mm256_storeu_ps(target + at, _mm256_blendv_ps(stored, spread, (__m256)lane_mask32(lanes)));
-    count += __builtin_popcount(lanes);
-  }
-  return count;
+CHILDTUNE_INLINE VecF32 expand_vector(const float* source, uint64_t lanes) {
+  const __m256i order = lane_order(kLaneOrders.apart[lanes & 0xFFu]);
+  return (VecF32)_mm256_permutevar8x32_ps(_mm256_loadu_ps(source), order);
+}
+CHILDTUNE_INLINE VecF32 gather_vector(const float* source, const uint16_t* places) {
+  const __m128i found = _mm_loadu_si128(reinterpret_cast<const __m128i*>(places));
+  return (VecF32)_mm256_i32gather_ps(source, _mm256_cvtepu16_epi32(found), 4);
+}
+#else
+CHILDTUNE_INLINE VecF32 expand_vector(const float* source, uint64_t lanes) {
+  return expand_lanes<VecF32>(source, lanes);
+}
+CHILDTUNE_INLINE VecF32 gather_vector(const float* source, const uint16_t* places) {
+  return gather_lanes<VecF32>(source, places);
 }
 #endif
 #endif

@@ -32,6 +32,13 @@ CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, BFloat16) {
 }
 CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, Float16) { return float_to_half(value); }
 
+CHILDTUNE_INLINE void store_as(float* target, VecF32 value) { store(target, value); }
+CHILDTUNE_INLINE void store_as(double* target, VecF64 value) { store(target, value); }
+template <class Half>
+CHILDTUNE_INLINE void store_as(Half* target, VecF32 value) {
+  store(target, rounded(value, Half()));
+}
+
 // Writes the lanes of `value` whose bit is set in `bits`; the others keep what is stored, bit for
 // bit (a NaN's payload included).
 CHILDTUNE_INLINE void store_selected(float* target, VecF32 value, uint64_t bits) {

@@ -52,9 +52,9 @@ CHILDTUNE_INLINE PhiloxLanes philox_begin(const PhiloxStream& stream, VecU64 cou
   const uint64_t same1 = uint64_t(kPhiloxM1) * stream.step;
   const uint64_t same0 = uint64_t(kPhiloxM0) * uint32_t((same1 >> 32) ^ counter_high ^ stream.key0[0]);
   const VecU64 first0 = multiply_low32(VecU64{} + kPhiloxM0, counter);
-  const VecU64 second2 = (first0 >> 32) ^ (VecU64{} + (stream.purpose ^ stream.key1[0]));
+  const VecU64 second2 = upper_half(first0) ^ (VecU64{} + (stream.purpose ^ stream.key1[0]));
   const VecU64 first1 = multiply_low32(VecU64{} + kPhiloxM1, second2);
-  return {{(first1 >> 32) ^ (VecU64{} + (same1 ^ stream.key0[1])), first1,
+  return {{upper_half(first1) ^ (VecU64{} + (same1 ^ stream.key0[1])), first1,
            first0 ^ (VecU64{} + ((same0 >> 32) ^ stream.key1[1])), VecU64{} + same0}};
 }
 
@@ -62,8 +62,8 @@ CHILDTUNE_INLINE void philox_round(const PhiloxStream& stream, int round, Philox
   VecU64* const x = lanes.x;
   const VecU64 product0 = multiply_low32(VecU64{} + kPhiloxM0, x[0]);
   const VecU64 product1 = multiply_low32(VecU64{} + kPhiloxM1, x[2]);
-  x[0] = (product1 >> 32) ^ x[1] ^ (VecU64{} + stream.key0[round]);
-  x[2] = (product0 >> 32) ^ x[3] ^ (VecU64{} + stream.key1[round]);
+  x[0] = upper_half(product1) ^ x[1] ^ (VecU64{} + stream.key0[round]);
+  x[2] = upper_half(product0) ^ x[3] ^ (VecU64{} + stream.key1[round]);
   x[1] = product1;
   x[3] = product0;
 }
@@ -76,8 +76,8 @@ CHILDTUNE_INLINE uint64_t compare_words(const PhiloxLanes& evens, const PhiloxLa
   constexpr uint64_t kEvery4th = 0x1111111111111111u;
   uint64_t bits = 0;
   for (int word = 0; word < 4; ++word) {
-    const __m512i low = (__m512i)even[word], high = _mm512_slli_epi64((__m512i)odd[word], 32);
-    const __m512i in_order = _mm512_mask_blend_epi32(0xAAAA, low, high);
+    const __m512i in_order =
+        _mm512_mask_shuffle_epi32((__m512i)even[word], 0xAAAA, (__m512i)odd[word], _MM_PERM_ENUM(0xA0));
     const __mmask16 kept = _mm512_cmplt_epu32_mask(in_order, limit);
     bits |= _pdep_u64(kept, kEvery4th << word);
   }
@@ -127,13 +127,18 @@ CHILDTUNE_INLINE void draw_rounds(const PhiloxStream& stream, int first_round, i
   }
 }
 
+// Eq. 2 for the elements of a draw, as bits.
+CHILDTUNE_INLINE uint64_t draw_end(const PhiloxDraw& draw, uint32_t threshold) {
+  return compare_words(draw.even, draw.odd, threshold);
+}
+
 // Eq. 2 for elements first .. first+63, first a multiple of 64; bit j is element first+j.
 CHILDTUNE_INLINE uint64_t keep_bits_aligned(const PhiloxStream& stream, uint64_t first, uint32_t threshold) {
   uint64_t bits = 0;
   for (int done = 0; done < kBlock; done += kDrawElements) {
     PhiloxDraw draw = draw_begin(stream, first + uint64_t(done));
     draw_rounds(stream, 2, kPhiloxRounds, draw);
-    bits |= compare_words(draw.even, draw.odd, threshold) << done;
+    bits |= draw_end(draw, threshold) << done;
   }
   return bits;
 }

@@ -87,14 +87,15 @@ def test_every_layout_leads_back_to_its_words(numel: int, density: float, run: i
     [
         (0.0, 1, "runs"),
         (0.02, 1, "indices"),
-        (0.12, 1, "indices"),
-        (0.13, 1, "words"),
+        (0.06, 1, "indices"),
+        (0.07, 1, "words"),
         (0.3, 1, "words"),
-        (0.99, 1, "runs"),
-        (0.98, 1, "words"),  # runs of 50, but so many that words need less memory
+        (0.99, 1, "words"),  # runs of 100, but as many gaps of one
         (1.0, 1, "runs"),
-        (0.1, 256, "runs"),
-        (0.1, 16, "indices"),
+        (0.02, 16, "indices"),
+        (0.1, 16, "words"),
+        (0.1, 32, "runs"),
+        (0.3, 32, "words"),
         (0.3, 256, "runs"),
     ],
 )
