@@ -33,10 +33,12 @@ struct Kernels {
   int64_t (*count_mask)(const uint32_t* words, int64_t word_count, int64_t first, int64_t last);
   void (*fisher_accumulate_row)(const FisherRow& row, float scale, int64_t first, int64_t last);
   // Op topk_select takes fp32 scores as their bits: a stretch of one tensor that starts at a multiple of
-  // 64 (run_scores: of the granularity). digit_histogram and run_scores return how many scores are NaN,
+  // 64 (run_scores: of the granularity). Histograms and run_scores return how many scores are NaN,
   // infinite or negative, select_words how many have the threshold's key.
   int64_t (*digit_histogram)(const uint32_t* scores, int64_t count, int shift, int bits, uint32_t prefix,
                              uint32_t* tables);
+  int64_t (*bracket_histogram)(const uint32_t* scores, int64_t count, uint32_t low, uint32_t high, int shift,
+                               uint32_t* table, int64_t* above);
   int64_t (*select_words)(const uint32_t* scores, int64_t count, int32_t threshold, bool largest, uint32_t* words);
   void (*take_ties)(const uint32_t* scores, int64_t count, int32_t threshold, int64_t quota, uint32_t* words);
   int64_t (*run_scores)(const uint32_t* scores, int64_t count, int64_t granularity, float* runs);

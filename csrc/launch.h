@@ -28,6 +28,8 @@ int64_t count_mask(Tensor words, int64_t capability);
 void fisher_accumulate_(std::vector<Tensor> sums, std::vector<Tensor> gradients, double scale, int64_t capability);
 void digit_histogram_(std::vector<Tensor> scores, int64_t shift, int64_t bits, int64_t prefix, Tensor counts,
                       Tensor refused, int64_t capability);
+void bracket_histogram_(std::vector<Tensor> scores, int64_t low, int64_t high, int64_t shift, Tensor counts,
+                        Tensor above, Tensor refused, int64_t capability);
 void select_words_(std::vector<Tensor> scores, int64_t threshold, bool largest, int64_t unit,
                    std::vector<Tensor> words, Tensor ties, int64_t capability);
 void take_ties_(std::vector<Tensor> scores, int64_t threshold, Tensor quotas, int64_t unit, std::vector<Tensor> words,

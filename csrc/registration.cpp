@@ -24,6 +24,9 @@ STABLE_TORCH_LIBRARY(childtune_kernels, m) {
       "digit_histogram_(Tensor[] scores, int shift, int bits, int prefix, Tensor(a!) counts, Tensor(b!) refused, "
       "int capability) -> ()");
   m.def(
+      "bracket_histogram_(Tensor[] scores, int low, int high, int shift, Tensor(a!) counts, Tensor(b!) above, "
+      "Tensor(c!) refused, int capability) -> ()");
+  m.def(
       "select_words_(Tensor[] scores, int threshold, bool largest, int unit, Tensor(a!)[] words, Tensor(b!) ties, "
       "int capability) -> ()");
   m.def(
@@ -44,6 +47,7 @@ STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
   m.impl("count_mask", TORCH_BOX(&childtune::count_mask));
   m.impl("fisher_accumulate_", TORCH_BOX(&childtune::fisher_accumulate_));
   m.impl("digit_histogram_", TORCH_BOX(&childtune::digit_histogram_));
+  m.impl("bracket_histogram_", TORCH_BOX(&childtune::bracket_histogram_));
   m.impl("select_words_", TORCH_BOX(&childtune::select_words_));
   m.impl("take_ties_", TORCH_BOX(&childtune::take_ties_));
   m.impl("run_scores_", TORCH_BOX(&childtune::run_scores_));

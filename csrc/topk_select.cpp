@@ -49,18 +49,19 @@ class Units {
 // One thread's tables, added up into 64 bits before they overflow.
 class Histogram {
  public:
-  explicit Histogram(int bits) : bits_(bits), tables_(kHistogramTables * histogram_stride(bits)) {}
+  Histogram(int64_t bins, int64_t stride, int table_count)
+      : bins_(bins), stride_(stride), table_count_(table_count), tables_(size_t(table_count * stride)) {}
   uint32_t* tables() { return tables_.data(); }
 
   void add_to(int64_t* counts) {
-    for (int table = 0; table < kHistogramTables; ++table)
-      for (int64_t bin = 0; bin < int64_t(1) << bits_; ++bin)
-        counts[bin] += tables_[size_t(table * histogram_stride(bits_) + bin)];
+    for (int table = 0; table < table_count_; ++table)
+      for (int64_t bin = 0; bin < bins_; ++bin) counts[bin] += tables_[size_t(table * stride_ + bin)];
     std::fill(tables_.begin(), tables_.end(), 0u);
   }
 
  private:
-  int bits_;
+  int64_t bins_, stride_;
+  int table_count_;
   std::vector<uint32_t> tables_;
 };
 
@@ -74,7 +75,7 @@ void digit_histogram_(std::vector<Tensor> scores, int64_t shift, int64_t bits, i
   const Units units(scores, kPassUnit);
   std::mutex mutex;
   torch::stable::parallel_for(0, units.size(), kGrain, [&](int64_t begin, int64_t end) {
-    Histogram histogram{int(bits)};
+    Histogram histogram(int64_t(1) << bits, histogram_stride(int(bits)), kHistogramTables);
     for (int64_t stop; begin < end; begin = stop) {
       stop = std::min(end, begin + kUnitsOfTables);
       units.each(begin, stop, [&](int64_t, size_t tensor, int64_t start, int64_t count) {
@@ -86,6 +87,33 @@ void digit_histogram_(std::vector<Tensor> scores, int64_t shift, int64_t bits, i
       });
       const std::lock_guard<std::mutex> lock(mutex);
       histogram.add_to(all_counts);
+    }
+  });
+}
+
+void bracket_histogram_(std::vector<Tensor> scores, int64_t low, int64_t high, int64_t shift, Tensor counts,
+                        Tensor above, Tensor refused, int64_t capability) {
+  const Kernels& kernels = require_kernels(capability);
+  int64_t* const all_counts = static_cast<int64_t*>(counts.data_ptr());
+  int64_t* const all_above = static_cast<int64_t*>(above.data_ptr());
+  int64_t* const all_refused = static_cast<int64_t*>(refused.data_ptr());
+  const Units units(scores, kPassUnit);
+  std::mutex mutex;
+  torch::stable::parallel_for(0, units.size(), kGrain, [&](int64_t begin, int64_t end) {
+    Histogram histogram(counts.numel(), counts.numel(), 1);
+    for (int64_t stop; begin < end; begin = stop) {
+      stop = std::min(end, begin + kUnitsOfTables);
+      int64_t found_above = 0;
+      units.each(begin, stop, [&](int64_t, size_t tensor, int64_t start, int64_t count) {
+        const int64_t found = kernels.bracket_histogram(bits_of(scores[tensor]) + start, count, uint32_t(low),
+                                                        uint32_t(high), int(shift), histogram.tables(), &found_above);
+        if (found == 0) return;
+        const std::lock_guard<std::mutex> lock(mutex);
+        all_refused[tensor] += found;
+      });
+      const std::lock_guard<std::mutex> lock(mutex);
+      histogram.add_to(all_counts);
+      *all_above += found_above;
     }
   });
 }

@@ -77,6 +77,63 @@ int64_t digit_histogram(const uint32_t* scores, int64_t count, int shift, int bi
   return lane_bits(refused) ? count_refused(scores, at) + of_rest : of_rest;
 }
 
+// Counts keys low .. high, of which there are few, by their distance from low; `above` grows by how many lie
+// beyond. Blocks that hold such keys are noted without a branch, which would be guessed wrongly too often, and
+// looked at afterwards.
+int64_t bracket_histogram(const uint32_t* scores, int64_t count, uint32_t low, uint32_t high, int shift,
+                          uint32_t* table, int64_t* above) {
+  constexpr int kNotes = 256;
+  const uint32_t width = high - low;
+  const bool one_bin = width >> shift == 0;
+  uint64_t inside_of[kNotes + 1];
+  uint32_t block_of[kNotes + 1];
+  VecU32 greatest{};
+  VecI32 beyond{};
+  int64_t at = 0, all_beyond = 0;
+  while (at + kBlock <= count) {
+    const uint32_t* const first = scores + at;
+    const int blocks = int(count - at < kNotes * kBlock ? (count - at) / kBlock : kNotes);
+    int notes = 0;
+    for (int block = 0; block < blocks; ++block) {
+      uint64_t inside = 0;
+      for (int part = 0; part < kBlock; part += kLanes32) {
+        const VecU32 bits_of = load<VecU32>(first + block * kBlock + part);
+        const VecU32 keys = bits_of & kKeyBits;
+        greatest = bits_of > greatest ? bits_of : greatest;
+        beyond -= (VecI32)keys > int32_t(high);
+        inside |= lane_bits((VecI32)(keys - low <= width)) << part;
+      }
+      inside_of[notes] = inside;
+      block_of[notes] = uint32_t(block * kBlock);
+      notes += inside != 0;
+    }
+    for (int note = 0; note < notes; ++note) {
+      uint64_t inside = inside_of[note];
+      if (one_bin) {
+        table[0] += uint32_t(__builtin_popcountll(inside));
+        continue;
+      }
+      for (; inside != 0; inside &= inside - 1) {
+        const uint32_t key = first[block_of[note] + __builtin_ctzll(inside)] & kKeyBits;
+        ++table[(key - low) >> shift];
+      }
+    }
+    at += blocks * kBlock;
+  }
+  bool suspect = false;
+  for (int lane = 0; lane < kLanes32; ++lane) {
+    all_beyond += beyond[lane];
+    suspect |= greatest[lane] >= kInfinityBits;
+  }
+  for (int64_t rest = at; rest < count; ++rest) {
+    const uint32_t key = scores[rest] & kKeyBits;
+    all_beyond += key > high;
+    if (key - low <= width) ++table[(key - low) >> shift];
+  }
+  *above += all_beyond;
+  return suspect ? count_refused(scores, count) : count_refused(scores + at, count - at);
+}
+
 int64_t select_words(const uint32_t* scores, int64_t count, int32_t threshold, bool largest, uint32_t* words) {
   int64_t ties = 0, at = 0;
   for (; at + kBlock <= count; at += kBlock) {

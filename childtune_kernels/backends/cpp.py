@@ -152,6 +152,19 @@ def digit_histogram(
     return counts, refused
 
 
+def bracket_histogram(
+    scores: Sequence[Tensor], low: int, high: int, shift: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts of the keys in a bracket, above it, and refused (contract: ops.bracket_histogram)."""
+    counts = torch.zeros(((high - low) >> shift) + 1, dtype=torch.int64, device="cpu")
+    above = torch.zeros((), dtype=torch.int64, device="cpu")
+    refused = torch.zeros(len(scores), dtype=torch.int64, device="cpu")
+    torch.ops.childtune_kernels.bracket_histogram_(
+        scores, low, high, shift, counts, above, refused, capability()
+    )
+    return counts, above, refused
+
+
 def select_words(
     scores: Sequence[Tensor], threshold: int, largest: bool, unit: int
 ) -> tuple[list[Tensor], Tensor]:

@@ -6,7 +6,14 @@ from .fisher_accumulate import check_squares, fisher_accumulate_
 from .keep_words import KEEP_ALL, keep_words
 from .observe import observe
 from .tensors import HALF_TYPES, check_gradient, check_parameter, compute_dtype
-from .topk_select import SCORE_UNIT, digit_histogram, run_scores, select_words, take_ties_
+from .topk_select import (
+    SCORE_UNIT,
+    bracket_histogram,
+    digit_histogram,
+    run_scores,
+    select_words,
+    take_ties_,
+)
 
 __all__ = [
     "HALF_TYPES",
@@ -19,6 +26,7 @@ __all__ = [
     "child_adamw_",
     "compute_dtype",
     "count_mask",
+    "bracket_histogram",
     "digit_histogram",
     "fisher_accumulate_",
     "keep_words",

@@ -44,6 +44,35 @@ def digit_histogram(
     return counts, refused
 
 
+def bracket_histogram(
+    scores: Sequence[Tensor], low: int, high: int, shift: int, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One pass over all tensors that looks closely at the keys of a bracket alone (SPEC.md, eq. 15).
+
+    Made for brackets that hold few of the scores, or a single key.
+
+    Args:
+        scores: contiguous fp32 tensors on one device; not changed.
+        low, high: the bracket's first and last key.
+        shift: a bin holds ``2**shift`` keys.
+
+    Returns:
+        int64 ``[((high - low) >> shift) + 1]``: how many scores have each value of ``(key - low) >> shift``;
+        int64 ``[]``: how many keys lie above the bracket; and int64 ``[len(scores)]``: how many scores
+        of each tensor are NaN, infinite or negative. The others have a meaning only where there are none of
+        those.
+
+    Raises:
+        ValueError: scores that are no contiguous fp32 tensors of one device, or a bracket outside the keys.
+    """
+    device = _check_scores(scores)
+    if not (0 <= low <= high < 1 << 31 and 0 <= shift < 31):
+        raise ValueError(f"bracket (low={low}, high={high}, shift={shift}) leaves a key's 31 bits")
+    module = registry.choose("topk_select", device, backend).module
+    counts, above, refused = module.bracket_histogram(scores, low, high, shift)
+    return counts, above, refused
+
+
 def select_words(
     scores: Sequence[Tensor],
     threshold: int,

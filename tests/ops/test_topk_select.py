@@ -76,6 +76,33 @@ def test_histogram_counts_digits(shift: int, bits: int, backend: str) -> None:
         assert sum(expected) > 0
 
 
+BRACKETS = [
+    (0, 0, 0),
+    (0, 2, 0),
+    (ONE, ONE, 0),
+    (ONE - 1, ONE + 0x400, 3),
+    (ONE - 1, ONE + 0x3FF, 10),
+    (1, INFINITE - 1, 20),
+    (INFINITE - 1, SIGN - 1, 5),
+]
+
+
+@pytest.mark.parametrize(("low", "high", "shift"), BRACKETS)
+def test_brackets_are_counted(low: int, high: int, shift: int, backend: str) -> None:
+    scores = tensors()
+    keys = [key for score in scores for key in keys_of(score)]
+    expected = [0] * (((high - low) >> shift) + 1)
+    for key in keys:
+        if low <= key <= high:
+            expected[(key - low) >> shift] += 1
+    counts, above, refused = ops.bracket_histogram(scores, low, high, shift, backend=backend)
+    assert counts.dtype == above.dtype == refused.dtype == torch.int64
+    assert counts.tolist() == expected
+    assert int(above) == sum(key > high for key in keys)
+    assert refused.tolist() == [0] * len(scores)
+    assert sum(expected) > 0
+
+
 BAD = {
     "NaN": 0x7FC00000,
     "another NaN": 0x7F800001,
@@ -96,6 +123,7 @@ def test_refused_scores_are_counted_by_tensor(bad: str, backend: str) -> None:
         expected = [0, 0, 1 + (numel > 1), 0]
         assert ops.digit_histogram(scores, 20, 11, 0, backend=backend)[1].tolist() == expected
         assert ops.run_scores(scores, 32, backend=backend)[1].tolist() == expected
+        assert ops.bracket_histogram(scores, 5, 9, 0, backend=backend)[2].tolist() == expected
 
 
 @pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
@@ -173,6 +201,9 @@ def everything(scores: list[Tensor], threshold: int, unit: int, backend: str) ->
                 scores, shift, bits, threshold >> (shift + bits), backend=backend
             )
         ]
+    for low, high, shift in ((threshold, threshold, 0), (threshold // 2, threshold, 16)):
+        counts = ops.bracket_histogram(scores, low, high, shift, backend=backend)
+        found += [each.tolist() for each in counts]
     for largest in (True, False):
         words, ties = ops.select_words(scores, threshold, largest, unit, backend=backend)
         found.append(ties.tolist())
@@ -227,6 +258,10 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "digit too high": (lambda: ops.digit_histogram(FLAT, 21, 11, 0), "shift=21"),
     "no digit": (lambda: ops.digit_histogram(FLAT, 20, 0, 0), "bits=0"),
     "prefix too long": (lambda: ops.digit_histogram(FLAT, 20, 11, 1), "prefix=1"),
+    "bracket upside down": (lambda: ops.bracket_histogram(FLAT, 2, 1, 0), "low=2, high=1"),
+    "bracket too high": (lambda: ops.bracket_histogram(FLAT, 0, SIGN, 0), "high=2147483648"),
+    "bracket too low": (lambda: ops.bracket_histogram(FLAT, -1, 1, 0), "low=-1"),
+    "bracket's shift": (lambda: ops.bracket_histogram(FLAT, 0, 1, 31), "shift=31"),
     "threshold too low": (lambda: ops.select_words(FLAT, -2, True), "threshold=-2"),
     "threshold too high": (lambda: ops.select_words(FLAT, SIGN, True), "threshold=2147483648"),
     "unit": (lambda: ops.select_words(FLAT, 0, True, 32), "unit=32"),

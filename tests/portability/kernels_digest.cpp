@@ -139,6 +139,15 @@ void select(const Kernels& kernels) {
         counts[bin] += tables[table * histogram_stride(digit[1]) + bin];
     add(counts.data(), counts.size() * 4);
   }
+  for (int shift : {0, 4}) {
+    const uint32_t low = one - 9, high = one + 2000;
+    std::vector<uint32_t> table(((high - low) >> shift) + 1);
+    int64_t above = 0;
+    const int64_t refused = kernels.bracket_histogram(scores.data(), numel, low, high, shift, table.data(), &above);
+    add(&refused, 8);
+    add(&above, 8);
+    add(table.data(), table.size() * 4);
+  }
   for (bool largest : {false, true}) {
     std::vector<uint32_t> words((numel + 31) / 32);
     const int64_t ties = kernels.select_words(scores.data(), numel, int32_t(one), largest, words.data());

@@ -49,6 +49,25 @@ def digit_histogram(
     return counts, refused
 
 
+def bracket_histogram(
+    scores: Sequence[Tensor], low: int, high: int, shift: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Counts of the keys in a bracket, above it, and refused (contract: ops.bracket_histogram)."""
+    device = scores[0].device
+    bins = ((high - low) >> shift) + 1
+    counts = torch.zeros(bins, dtype=torch.int64, device=device)
+    above = torch.zeros((), dtype=torch.int64, device=device)
+    refused = torch.zeros(len(scores), dtype=torch.int64, device=device)
+    for at, score in enumerate(scores):
+        for chunk in _chunks(score):
+            keys = _keys(chunk)
+            inside = keys[(keys >= low) & (keys <= high)]
+            counts += torch.bincount((inside - low) >> shift, minlength=bins)
+            above += (keys > high).sum()
+            refused[at] += _count_refused(chunk)
+    return counts, above, refused
+
+
 def select_words(
     scores: Sequence[Tensor], threshold: int, largest: bool, unit: int
 ) -> tuple[list[Tensor], Tensor]:
