@@ -8,12 +8,16 @@ SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capabi
 .PHONY: help install finetune finetune-short test test-slow bench check format info clean
 
 help:
-	@echo "make finetune   the main job: fine-tune a small encoder on real data (under three minutes)"
-	@echo "make test       all tests"
-	@echo "make test-slow  the long sweeps too"
-	@echo "make bench      benchmarks against torch.optim.AdamW"
-	@echo "make check      ruff and mypy"
-	@echo "make info       what is installed, which backend serves what, a self-check"
+	@echo "make install         the virtual environment and the package in it; other targets do this first"
+	@echo "make finetune        the main job: fine-tune a small encoder on real data (under three minutes)"
+	@echo "make finetune-short  the same in little: whether everything runs"
+	@echo "make test            all tests"
+	@echo "make test-slow       the long sweeps too"
+	@echo "make bench           benchmarks against torch.optim.AdamW"
+	@echo "make check           ruff and mypy"
+	@echo "make format          ruff's fixes and format"
+	@echo "make info            what is installed, which backend serves what, a self-check"
+	@echo "make clean           remove the virtual environment and what was built"
 
 install: $(VENV)/.installed
 

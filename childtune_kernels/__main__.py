@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -24,5 +25,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return exit_code
 
 
+def run_as_program() -> int:
+    """Run the command line on a terminal or pipe, silently where the pipe's reader has left.
+
+    Returns:
+        The exit code; 1 where nobody reads the output any more.
+    """
+    try:
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()  # here, for at exit nobody could catch what it raises
+    except BrokenPipeError:
+        # Python flushes once more at exit; what is left goes where nothing breaks.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(run_as_program())

@@ -212,7 +212,8 @@ def apply_child(model: nn.Module, path: str | os.PathLike[str], *, strict: bool 
     Args:
         model: the base model, of the run's architecture, types and ties.
         path: what ``save_child`` wrote.
-        strict: False applies the child to a base with another fingerprint, too.
+        strict: False applies the child to a base with another fingerprint, too; the outcome is then not
+            the tuned model.
 
     Changes in place: the stored weights and buffers; they stay the same tensors.
 
@@ -249,7 +250,8 @@ def check_base(
         if own != checkpoint.fingerprint:
             raise ValueError(
                 f"{what}: not the base this child was tuned from (fingerprint {own[:12]}… outside the "
-                f"child, not {checkpoint.fingerprint[:12]}…); use that base, or strict=False (--no-strict)"
+                f"child, not {checkpoint.fingerprint[:12]}…); use that base: strict=False (--no-strict) "
+                "takes this one, but the outcome is then not the tuned model"
             )
     return found
 

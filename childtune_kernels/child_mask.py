@@ -241,8 +241,10 @@ class ChildMask:
                 if self.shapes.get(label) != other.shapes.get(label)
                 or (label in self.dense_names) != (label in other.dense_names)
             )
+            among, more = len({*self.names, *other.names}), ", …" if len(odd) > 5 else ""
             raise ValueError(
-                f"the masks differ in scope at {', '.join(odd[:8])}; compare equal scopes"
+                f"the masks differ in scope at {len(odd)} of {among} parameters: "
+                f"{', '.join(odd[:5])}{more}; compare equal scopes"
             )
         combined = {
             label: operation(words, other.words[label].to(words.device))

@@ -56,7 +56,9 @@ def read_weights(path: str | os.PathLike[str]) -> WeightFiles:
     files: dict[str, list[str]] = {}
     metadata: dict[str, dict[str, str]] = {}
     for name in names:
-        found, metadata[name] = _read_file(folder / name)
+        found, metadata[name] = _read_file(
+            folder / name, path / INDEX if index is not None else None
+        )
         files[name] = list(found)
         twice = sorted(found.keys() & tensors.keys())
         if twice:
@@ -69,9 +71,12 @@ def read_weights(path: str | os.PathLike[str]) -> WeightFiles:
     return WeightFiles(path, tensors, files, metadata, index)
 
 
-def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+def _read_file(path: Path, index: Path | None) -> tuple[dict[str, Tensor], dict[str, str]]:
     if not path.is_file():
-        raise FileNotFoundError(f"{path} is no file; name a safetensors file, or its folder")
+        expected = f"a safetensors file, or a folder with {SINGLE} or {INDEX},"
+        if index is not None:
+            expected = f"a shard that {index} names"
+        raise FileNotFoundError(f"nothing lies at {path}; {expected} was expected")
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
@@ -83,7 +88,9 @@ def _read_file(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def _read_index(folder: Path) -> dict[str, Any]:
     path = folder / INDEX
     if not path.is_file():
-        raise FileNotFoundError(f"{folder} has neither {SINGLE} nor {INDEX}")
+        raise FileNotFoundError(
+            f"{folder} has neither {SINGLE} nor {INDEX}; name the folder of safetensors weights, or a file"
+        )
     try:
         index = json.loads(path.read_text(encoding="utf-8"))
         names = index["weight_map"].values()
@@ -94,6 +101,23 @@ def _read_index(folder: Path) -> dict[str, Any]:
         raise ValueError(f"{path} names files outside its folder, or none")
     checked: dict[str, Any] = index
     return checked
+
+
+def check_target(target: str | os.PathLike[str], source: WeightFiles) -> None:
+    """Refuse a target that cannot take weights in the layout of ``source``.
+
+    Raises:
+        FileNotFoundError: the target's parent directory does not exist.
+        FileExistsError: the target folder has something in it, or is a file, or the other way round.
+    """
+    target = Path(target)
+    if not source.path.is_dir():
+        if target.is_dir():
+            raise FileExistsError(f"{target} is a folder and {source.path} a file; name a file")
+    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise FileExistsError(f"{target} exists and is no empty folder; name another")
+    if not target.parent.is_dir():
+        raise FileNotFoundError(f"{target.parent} is no directory; make it first")
 
 
 def write_weights(
@@ -115,6 +139,7 @@ def write_weights(
         FileExistsError: the target folder has something in it, or is a file, or the other way round.
     """
     target = Path(target)
+    check_target(target, source)
 
     def write(name: str, path: Path) -> None:
         tensors = {tensor: changed(tensor, source.tensors[tensor]) for tensor in source.files[name]}
@@ -122,14 +147,8 @@ def write_weights(
         advance(sum(tensor.numel() * tensor.element_size() for tensor in tensors.values()))
 
     if not source.path.is_dir():
-        if target.is_dir():
-            raise FileExistsError(f"{target} is a folder and {source.path} a file; name a file")
         write(next(iter(source.files)), target)
         return
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} exists and is no empty folder; name another")
-    if not target.parent.is_dir():
-        raise FileNotFoundError(f"{target.parent} is no directory; make it first")
     partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
         partial.mkdir()

@@ -64,6 +64,8 @@ def open_whole(
     kind = format.rpartition(".")[2].replace("_", " ")
     if os.path.isdir(path):
         raise ValueError(f"{path} is a folder and no {kind}; name a file")
+    if not os.path.exists(path):
+        raise FileNotFoundError(f"nothing lies at {path}; a {kind} file was expected")
     try:
         with safe_open(path, framework="pt", device=device) as file:
             metadata = file.metadata() or {}

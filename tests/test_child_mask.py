@@ -258,7 +258,7 @@ def test_other_scopes_do_not_combine(other: ChildMask, culprit: str) -> None:
     mask = ChildMask.from_dense({"a": bools(1, 4)}, ["head"])
     assert mask != other
     for combine in (mask.__and__, mask.__or__, mask.overlap, mask.jaccard):
-        with pytest.raises(ValueError, match=f"scope at {culprit}; compare equal scopes"):
+        with pytest.raises(ValueError, match=f"parameters: {culprit}; compare equal scopes"):
             combine(other)
 
 

@@ -129,7 +129,7 @@ def test_apply_to_a_file_with_both_names_or_the_other_name_of_a_tied_weight(
     other = {k: v for k, v in both.items() if k != "embedding.weight"}
     for weights in (both, other):
         save_file(weights, "untied", PT)
-        assert main(["child", "apply", "untied", "child", "out"]) == 0
+        assert main(["child", "apply", "untied", "child", "out", "--overwrite"]) == 0
         expected = {**tuned, "output.weight": tuned["embedding.weight"]}
         assert same(load_file("out"), {name: expected[name] for name in weights})
     flip_bit_(both["output.weight"], 0)
@@ -200,8 +200,11 @@ def test_another_base_needs_no_strict(here: Path, capsys: pytest.CaptureFixture[
     flip_bit_(weights["frozen.weight"], 5)
     save_file(weights, "other", PT)
     arguments = ("apply", "other", "child", "out")
-    assert "not the base this child was tuned from" in error_of(capsys, *arguments)
+    error = error_of(capsys, *arguments)
+    assert "not the base this child was tuned from" in error
+    assert "the outcome is then not the tuned model" in error
     assert main(["child", *arguments, "--no-strict"]) == 0
+    assert "on another one than the run's this is not the tuned model" in capsys.readouterr().out
     flip_bit_(weights["frozen.weight"], 5)
     tuned = load_file("tuned.safetensors")
     flip_bit_(tuned["frozen.weight"], 5)
@@ -225,7 +228,28 @@ def test_inputs_are_not_overwritten(
     ):
         before = {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
         assert "is an input; name another" in error_of(capsys, *arguments)
+        assert "is an input; name another" in error_of(capsys, *arguments, "--overwrite")
         assert before == {path: path.read_bytes() for path in here.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("apply", "base.safetensors", "child", "out"),
+        ("diff", "base.safetensors", "tuned.safetensors", "out"),
+        ("diff", "--mask", "base.safetensors", "tuned.safetensors", "out"),
+    ],
+)
+def test_files_are_overwritten_on_request_only(
+    arguments: tuple[str, ...], here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Path("out").write_text("of another run")
+    assert "out exists already; name another file, or say --overwrite" in error_of(
+        capsys, *arguments
+    )
+    assert Path("out").read_text() == "of another run"
+    assert main(["child", *arguments, "--overwrite"]) == 0
+    assert Path("out").stat().st_size > 100
 
 
 def test_outputs_of_another_kind_are_refused(
@@ -242,6 +266,9 @@ def test_outputs_of_another_kind_are_refused(
         ("base.safetensors", "missing/out", "missing is no directory"),
     ):
         assert message in error_of(capsys, "apply", base, "child", out)
+        assert message in error_of(capsys, "apply", base, "child", out, "--overwrite")
+    for out, message in (("full", "full is a folder"), ("missing/out", "missing is no directory")):
+        assert message in error_of(capsys, "diff", "shards", "tuned.safetensors", out)
     os.mkdir("empty")
     assert main(["child", "apply", "shards", "child", "empty"]) == 0
 
@@ -292,19 +319,19 @@ def test_bad_input_is_an_exit_code_of_one(
     for arguments, message in {
         ("info", "foreign"): "foreign is no child checkpoint",
         ("info", "cut"): "cut is not a whole child checkpoint",
-        ("info", "nowhere"): "nowhere",
+        ("info", "nowhere"): "nothing lies at nowhere; a child checkpoint file was expected",
         ("info", "empty"): "empty is a folder and no child checkpoint",
         ("apply", "base.safetensors", "foreign", "out"): "foreign is no child checkpoint",
         ("apply", "foreign", "child", "out"): "base: other weights than expected",
         ("apply", "text", "child", "out"): "text is no whole safetensors file",
         ("apply", "pickled", "child", "out"): "pickled is no whole safetensors file",
-        ("apply", "nowhere", "child", "out"): "nowhere is no file",
+        ("apply", "nowhere", "child", "out"): "nothing lies at nowhere; a safetensors file, or",
         ("apply", "empty", "child", "out"): "empty has neither model.safetensors nor",
         ("apply", "escapes", "child", "out"): "names files outside its folder",
         ("apply", "no map", "child", "out"): "is no index of shards",
         ("apply", "no index", "child", "out"): "is no index of shards",
         ("apply", "too much", "child", "out"): "names other tensors than its files hold",
-        ("apply", "shard lost", "child", "out"): "is no file",
+        ("apply", "shard lost", "child", "out"): "00002.safetensors; a shard that shard lost/model",
         ("apply", "twice", "child", "out"): "stands in another file too",
         ("diff", "foreign", "tuned.safetensors", "out"): "base: other weights than expected",
         ("diff", "base.safetensors", "base.safetensors", "out"): "no floating point weight differs",
@@ -330,6 +357,22 @@ def test_help(action: str, capsys: pytest.CaptureFixture[str]) -> None:
         main(["child", action, "--help"])
     assert exit_of.value.code == 0
     assert "child checkpoint" in capsys.readouterr().out
+
+
+def test_columns_stand_apart_whatever_the_labels(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    label = f"encoder.{'very_' * 12}long.weight"
+    base = {label: torch.zeros(4, 4), "b": torch.zeros(3)}
+    save_file(base, "a", PT)
+    save_file({**base, "b": torch.ones(3)}, "b", PT)
+    assert main(["child", "diff", "a", "b", "out"]) == 0
+    assert main(["child", "info", "out"]) == 0
+    printed = capsys.readouterr().out.splitlines()
+    (row,) = (line for line in printed if line.startswith(label))
+    assert row.split(maxsplit=4) == [label, "base", "float32", "-", "(4, 4)"]
+    (title,) = (line for line in printed if line.startswith("weight "))
+    assert title.index("type") + 4 == row.index("float32") + 7
 
 
 def test_as_a_program(here: Path) -> None:

@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+from childtune_kernels import ChildMask, __version__, registry
 from childtune_kernels import __main__ as command_line
-from childtune_kernels import __version__, registry
 from childtune_kernels.backends import cpp
 from childtune_kernels.commands import info
 from childtune_kernels.self_check import Finding, self_check
+
+ROOT = Path(__file__).parent.parent
 
 needs_extension = pytest.mark.skipif(cpp.load() is not None, reason=str(cpp.load()))
 
@@ -106,6 +112,40 @@ def test_bad_usage_is_an_exit_code_of_two(
         command_line.main(arguments)
     assert exit_of.value.code == 2
     assert "usage: python -m childtune_kernels" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [["info", "--help"], ["mask", "info", "mask"], ["mask", "info", "mask", "--json"]],
+    ids=" ".join,
+)
+def test_a_reader_that_left_is_no_error(arguments: list[str], tmp_path: Path) -> None:
+    """As ``... | head`` does; a small output breaks at the last flush, a large one while it is printed."""
+    names = {f"layer.{at}.{'long' * 99}": torch.ones(1, dtype=torch.bool) for at in range(99)}
+    ChildMask.from_dense(names).save(tmp_path / "mask")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment.pop("PYTHONUNBUFFERED", None)  # argparse hides what an unbuffered help meets
+    reading, writing = os.pipe()
+    os.close(reading)
+    try:
+        finished = subprocess.run(
+            [sys.executable, "-m", "childtune_kernels", *arguments], cwd=tmp_path, stdout=writing,
+            stderr=subprocess.PIPE, text=True, env=environment,
+        )  # fmt: skip
+    finally:
+        os.close(writing)
+    assert finished.stderr == ""
+    assert finished.returncode == 1
+
+
+@pytest.mark.parametrize("command", ["child", "mask"])
+def test_commands_with_actions_show_examples(
+    command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_of:
+        command_line.main([command, "--help"])
+    assert exit_of.value.code == 0
+    assert f"examples:\n  python -m childtune_kernels {command} info" in capsys.readouterr().out
 
 
 @needs_extension

@@ -95,9 +95,65 @@ def test_plot_of_the_fisher_spectrum(
     inside = torch.cat([fisher[name][mask.dense(name)] for name in mask.words])
     whole = torch.cat([fisher[name].flatten() for name in mask.words])
     printed = capsys.readouterr().out
-    assert f"Threshold (smallest Fisher inside the child): {inside.min():.4g}." in printed
+    assert f"Threshold (smallest Fisher inside the child): {inside.min():.3e}." in printed
     assert f"holds {100 * inside.sum() / whole.sum():.1f} % of the Fisher information" in printed
     assert printed.endswith(f"\nwrote {out}\n")
+
+
+def test_plot_as_json(
+    files: tuple[str, str], fisher_file: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask, fisher = ChildMask.load(files[0]), FisherSums.load(fisher_file).values()
+    out = tmp_path / "a.png"
+    arguments = ["mask", "plot", files[0], "--out", str(out), "--json"]
+    assert main(arguments) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert main(["mask", "info", files[0], "--json"]) == 0
+    assert report == json.loads(capsys.readouterr().out)
+    out.unlink()
+    assert main([*arguments, "--fisher", fisher_file]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert out.read_bytes()[:8] == PNG
+    assert report["threshold"] == min(fisher[name][mask.dense(name)].min() for name in mask.words)
+    whole = torch.cat([fisher[name].flatten() for name in mask.words])
+    for bar in report["bins"]:
+        within = (whole >= bar["from"]) & (whole < bar["to"])
+        assert bar["elements"] == within.sum()
+    assert sum(bar["child"] for bar in report["bins"]) == mask.count()
+
+
+def test_the_last_bin_of_fp32_is_valid_json(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mask, fisher = str(tmp_path / "mask"), str(tmp_path / "fisher")
+    ChildMask.from_dense({"w": torch.tensor([True, False])}).save(mask)
+    FisherSums({"w": torch.tensor([3.3e38, 1e30])}, {1: 1}).save(fisher)
+    out = str(tmp_path / "a.png")
+    assert main(["mask", "plot", mask, "--fisher", fisher, "--out", out, "--json"]) == 0
+    printed = capsys.readouterr().out
+    assert "Infinity" not in printed
+    assert json.loads(printed)["bins"][-1]["to"] is None
+
+
+def test_pictures_are_overwritten_on_request_only(
+    files: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, mask = tmp_path / "a.png", tmp_path / "mask.png"
+    out.write_text("of another run")
+    ChildMask.load(files[0]).save(mask)
+    for arguments in (["plot", files[0]], ["overlap", *files]):
+        assert main(["mask", *arguments, "--out", str(out)]) == 1
+        assert (
+            "a.png exists already; name another file, or say --overwrite" in capsys.readouterr().err
+        )
+        assert out.read_text() == "of another run"
+        assert main(["mask", *arguments, "--out", str(out), "--overwrite"]) == 0
+        assert out.read_bytes()[:8] == PNG
+        out.write_text("of another run")
+    for arguments in (["plot", str(mask)], ["overlap", files[1], str(mask)]):
+        assert main(["mask", *arguments, "--out", str(mask), "--overwrite"]) == 1
+        assert "is an input; name another" in capsys.readouterr().err
+    assert ChildMask.load(mask) == ChildMask.load(files[0])
 
 
 def test_fisher_that_does_not_fit_is_refused(
@@ -109,7 +165,7 @@ def test_fisher_that_does_not_fit_is_refused(
     for fisher, message in (
         (other, "has no Fisher information here"),
         (files[0], "first.safetensors"),
-        (tmp_path / "nowhere", "nowhere"),
+        (tmp_path / "nowhere", "nowhere; a fisher file was expected"),
         (tmp_path, "is a folder"),
     ):
         arguments = ["plot", files[0], "--fisher", str(fisher), "--out", str(out)]
@@ -163,7 +219,7 @@ def test_bad_input_is_one_line_and_an_exit_code_of_one(
     ChildMask.from_dense({"w": torch.zeros(3, dtype=torch.bool)}).save(tmp_path / "empty")
     out = str(tmp_path / "a.png")
     cases = [
-        (["info", str(tmp_path / "nowhere")], "nowhere"),
+        (["info", str(tmp_path / "nowhere")], "nowhere; a child mask file was expected"),
         (["info", str(foreign)], "is no child mask"),
         (["info", str(text)], "is not a whole child mask"),
         (["info", str(tmp_path)], "is a folder"),

@@ -134,8 +134,8 @@ def test_the_table_holds_the_numbers() -> None:
         "1e-07 to 1e-06": ["3", "37.5", "1", "33.3"],
         "0": ["1", "12.5", "0", "0"],
     } | {title: ["0", "0", "0", "-"] for title in rows if title in EMPTY_DECADES}
-    assert "smallest Fisher inside the child): 5e-07" in table
-    assert "Largest Fisher outside the child: 3e-07; the child is the global top" in table
+    assert "smallest Fisher inside the child): 5.000e-07." in table
+    assert "Largest Fisher outside the child: 3.000e-07; the child is the global top" in table
     assert "is 62.5 % of the elements and holds 99.9 % of the Fisher information" in table
 
 
@@ -145,7 +145,7 @@ EMPTY_DECADES = {f"1e{d:+03d} to 1e{d + 1:+03d}" for d in (-6, -4, -3, -2, -1)}
 def test_a_child_that_is_not_the_top_is_said_to_be_none() -> None:
     fisher = {"w": torch.tensor([1.0, 2.0, 3.0])}
     found = fisher_spectrum(fisher, ChildMask.from_dense({"w": torch.tensor([True, False, True])}))
-    assert sentences(found)[-1].endswith("2; the child is not the global top.")
+    assert sentences(found)[-1].endswith(": 2.000e+00; the child is not the global top.")
     assert found.mass_share == pytest.approx(4 / 6)
 
 

@@ -57,8 +57,13 @@ def test_the_table_holds_the_matrix_and_chance() -> None:
 def test_other_scopes_and_empty_children_are_named() -> None:
     full = ChildMask.from_dense({"w": torch.ones(5, dtype=torch.bool)})
     other = ChildMask.from_dense({"v": torch.ones(5, dtype=torch.bool)})
-    with pytest.raises(ValueError, match="one and two: the masks differ in scope at v, w"):
+    with pytest.raises(
+        ValueError, match="one and two: the masks differ in scope at 2 of 2 parameters: v, w; "
+    ):
         overlaps({"one": full, "two": other})
+    many = ChildMask.from_dense({f"v{at}": torch.ones(5, dtype=torch.bool) for at in range(9)})
+    with pytest.raises(ValueError, match="at 10 of 10 parameters: v0, v1, v2, v3, v4, …; compare"):
+        overlaps({"one": full, "two": many})
     with pytest.raises(ValueError, match="two is an empty child"):
         overlaps({"one": full, "two": ~full})
     with pytest.raises(ValueError, match="at least one"):

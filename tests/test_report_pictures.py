@@ -88,6 +88,9 @@ PICTURES: dict[str, Draw] = {
     "spectrum without a child": lambda path: plot_fisher_spectrum(
         spectrum(with_zeros(0.5), 1e9), path
     ),
+    "spectrum with elements beyond the axis": lambda path: plot_fisher_spectrum(
+        spectrum(torch.cat([torch.tensor([1e-30]), torch.logspace(-9, -7, 10_000)]), 5e-8), path
+    ),
     "spectrum to the ends of fp32": lambda path: plot_fisher_spectrum(
         spectrum(torch.tensor([1e-44, 1e-20, 1.0, 3.3e38]), 0.5), path
     ),
@@ -194,7 +197,23 @@ def test_the_threshold_is_drawn(tmp_path: Path, drawn: list[canvas.Canvas]) -> N
     (axes,) = drawn[0].axes
     (line,) = axes.lines
     assert line.get_xdata()[0] == pytest.approx(-5, abs=1e-5)
-    assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "threshold 1e-05"
+    assert [text.get_text() for text in axes.get_legend().get_texts()][-1] == "threshold 1.000e-05"
+
+
+def test_the_axis_ends_where_bars_can_be_seen(tmp_path: Path, drawn: list[canvas.Canvas]) -> None:
+    body = torch.logspace(-9, -7, 10_000)
+    values = torch.cat([torch.tensor([1e-30, 2e-25]), body, torch.tensor([1.0])])
+    for bound, end, beyond in ((5e-8, -7, 3), (0.5, 0, 2)):
+        plot_fisher_spectrum(spectrum(values, bound), tmp_path / "a.png")
+        (axes,) = drawn[-1].axes
+        edges = axes.patches[0].get_data().edges
+        assert edges[0] == pytest.approx(-9, abs=0.11)
+        assert edges[-1] == pytest.approx(end, abs=0.11)
+        texts = [text for text, _ in texts_of(drawn[-1].figure)]
+        assert (
+            f"{beyond} elements (0.0{3 if beyond == 3 else 2} %) lie beyond the ends of the axis"
+            in texts
+        )
 
 
 def test_bins_at_the_ends_of_fp32_are_as_wide_as_others(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,24 @@ from ..child_file import ChildCheckpoint, load_child
 from ..labels import label_of
 from ..named_weights import named_weights
 from ..progress import progress_of_amount
-from ..weight_files import INDEX, WeightFiles, read_weights, write_weights
+from ..report.text_table import aligned
+from ..weight_files import INDEX, WeightFiles, check_target, read_weights, write_weights
+from .actions import add_overwrite, check_no_input, check_output_file, run
+
+_EXAMPLES = """examples:
+  python -m childtune_kernels child info tuned_child.safetensors
+  python -m childtune_kernels child apply base/ tuned_child.safetensors tuned/
+  python -m childtune_kernels child diff base/ tuned/ difference.safetensors
+"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command ``child`` to the command line."""
     what = "child checkpoints: what one holds, base + child, what differs between two models"
-    parser = subparsers.add_parser("child", help=what, description=what)
+    parser = subparsers.add_parser(
+        "child", help=what, description=what, epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     actions = parser.add_subparsers(dest="action", required=True)
     weights = "a safetensors file, or a folder with model.safetensors or an index of shards"
 
@@ -37,8 +47,11 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     apply.add_argument("child", help="the child checkpoint")
     apply.add_argument("out", help="the tuned weights, in the base's layout (weights alone)")
     apply.add_argument(
-        "--no-strict", action="store_true", help="accept a base with another fingerprint"
+        "--no-strict",
+        action="store_true",
+        help="accept a base with another fingerprint; the outcome is then not the tuned model",
     )
+    add_overwrite(apply)
     apply.set_defaults(run=run, act=_apply)
 
     diff = actions.add_parser("diff", help="make a child checkpoint of what differs, bit for bit")
@@ -48,17 +61,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     diff.add_argument(
         "--mask", action="store_true", help="write the mask of what differs (a ChildMask) alone"
     )
+    add_overwrite(diff)
     diff.set_defaults(run=run, act=_diff)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run one action; returns 0, or 1 where input does not fit, with one line about it."""
-    try:
-        options.act(options)
-    except (ValueError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -75,11 +79,12 @@ def _info(options: argparse.Namespace) -> None:
     print(f"{'file':<16}{size:,} bytes; the whole model {_model_bytes(checkpoint):,}")
     for first, others in (checkpoint.ties or {}).items():
         print(f"{'tied':<16}{first} = {' = '.join(others)}")
-    print(f"\n{'weight':<48}{'role':<8}{'type':<10}{'child':>8}  shape")
+    rows = [("weight", "role", "type", "child", "shape")]
     for label, shape in checkpoint.shapes.items():
         role = checkpoint.role(label)
-        share = f"{mask.density(label):.2%}" if role == "child" and shape.numel() else ""
-        print(f"{label:<48}{role:<8}{_type(checkpoint, label):<10}{share:>8}  {tuple(shape)}")
+        share = f"{mask.density(label):.2%}" if role == "child" and shape.numel() else "-"
+        rows.append((label, role, _type(checkpoint, label), share, str(tuple(shape))))
+    print(f"\n{aligned(rows)}")
 
 
 def _report(checkpoint: ChildCheckpoint) -> dict[str, Any]:
@@ -117,7 +122,10 @@ def _model_bytes(checkpoint: ChildCheckpoint) -> int:
 
 def _apply(options: argparse.Namespace) -> None:
     checkpoint, files = load_child(options.child), read_weights(options.base)
-    _refuse_to_overwrite(options.out, options.base, options.child, *_paths(files))
+    check_no_input(options.out, [options.base, options.child, *_paths(files)])
+    check_target(options.out, files)
+    if not files.path.is_dir():
+        check_output_file(options.out, overwrite=options.overwrite)
     found = check_base(
         checkpoint, named_weights(files.tensors, "base"), "base", strict=not options.no_strict
     )
@@ -139,11 +147,17 @@ def _apply(options: argparse.Namespace) -> None:
         f"{options.out}: {checkpoint.mask.count():,} elements and {len(checkpoint.whole)} whole tensors "
         f"put into {options.base}"
     )
+    if options.no_strict:
+        print(
+            "The base was not checked: on another one than the run's this is not the tuned model."
+        )
 
 
 def _diff(options: argparse.Namespace) -> None:
     base, tuned = read_weights(options.base), read_weights(options.tuned)
-    _refuse_to_overwrite(options.out, options.base, options.tuned, *_paths(base), *_paths(tuned))
+    inputs = [options.base, options.tuned, *_paths(base), *_paths(tuned)]
+    check_no_input(options.out, inputs)
+    check_output_file(options.out, overwrite=options.overwrite)
     if options.mask:
         mask = child_diff(base.tensors, tuned.tensors)
         mask.save(options.out)
@@ -162,9 +176,3 @@ def _diff(options: argparse.Namespace) -> None:
 def _paths(files: WeightFiles) -> list[Path]:
     folder = files.path if files.path.is_dir() else files.path.parent
     return [folder / name for name in (*files.files, INDEX)]
-
-
-def _refuse_to_overwrite(out: str, *inputs: str | Path) -> None:
-    for path in inputs:
-        if os.path.exists(out) and os.path.exists(path) and os.path.samefile(out, path):
-            raise ValueError(f"{out} is an input; name another file to write")

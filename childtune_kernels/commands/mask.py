@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,15 +13,27 @@ from ..child_mask import ChildMask
 from ..fisher import FisherAccumulator
 from ..report import canvas
 from ..report.densities import Densities, Share, densities, densities_table
-from ..report.fisher_spectrum import fisher_spectrum, fisher_spectrum_table
+from ..report.fisher_spectrum import FisherSpectrum, fisher_spectrum, fisher_spectrum_table
 from ..report.heat_maps import plot_densities, plot_overlaps
 from ..report.overlaps import overlaps, overlaps_table
 from ..report.spectrum_plot import plot_fisher_spectrum
+from .actions import add_overwrite, check_no_input, check_output_file, run
+
+_EXAMPLES = """examples:
+  python -m childtune_kernels mask info child.safetensors
+  python -m childtune_kernels mask plot child.safetensors --out density.png
+  python -m childtune_kernels mask plot child.safetensors --fisher fisher.safetensors --out spectrum.png
+  python -m childtune_kernels mask overlap seed0.safetensors seed1.safetensors --out overlap.png
+"""
 
 
 def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
     """Add the command ``mask`` with ``info``, ``plot`` and ``overlap`` to the command line."""
-    parser = subparsers.add_parser("mask", help="look at saved child masks: tables and pictures")
+    what = "look at saved child masks: tables and pictures"
+    parser = subparsers.add_parser(
+        "mask", help=what, description=what, epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
     commands = parser.add_subparsers(dest="action", required=True)
 
     info = commands.add_parser(
@@ -42,6 +53,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what FisherAccumulator.save wrote: draw its spectrum instead, with the mask's part of it "
         "and the threshold, and print it as a table",
     )
+    plot.add_argument("--json", action="store_true", help="print the numbers, as one JSON object")
+    add_overwrite(plot)
     plot.set_defaults(run=run, act=_plot)
 
     overlap = commands.add_parser(
@@ -52,19 +65,8 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
     )
     overlap.add_argument("--out", type=_png, metavar="PNG", help="draw the matrix too")
     overlap.add_argument("--json", action="store_true", help="print one JSON object")
+    add_overwrite(overlap)
     overlap.set_defaults(run=run, act=_overlap)
-
-
-def run(options: argparse.Namespace) -> int:
-    """Run one action; returns 0, or 1 where input does not fit, with one line about it."""
-    try:
-        if getattr(options, "out", None) is not None:
-            canvas.check_available()
-        options.act(options)
-    except (OSError, RuntimeError, ValueError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
 
 
 def _info(options: argparse.Namespace) -> None:
@@ -86,19 +88,34 @@ def _info(options: argparse.Namespace) -> None:
 
 
 def _plot(options: argparse.Namespace) -> None:
+    fisher_files = [] if options.fisher is None else [options.fisher]
+    _check_picture(options, [options.file, *fisher_files])
     mask = _load(options.file)
     if options.fisher is None:
-        plot_densities(densities(mask), options.out, options.file.name)
+        found = densities(mask)
+        plot_densities(found, options.out, options.file.name)
+        report, table = _as_json(mask, found), ""
     else:
         fisher = FisherAccumulator.load(_file(options.fisher)).values()
         spectrum = fisher_spectrum(fisher, mask)
         plot_fisher_spectrum(spectrum, options.out, options.file.name)
-        print(fisher_spectrum_table(spectrum), end="\n\n")
-    print(f"wrote {options.out}")
+        report, table = _spectrum_as_json(spectrum), f"{fisher_spectrum_table(spectrum)}\n\n"
+    if options.json:
+        print(json.dumps({"file": str(options.file), **report}, indent=2))
+    else:
+        print(f"{table}wrote {options.out}")
+
+
+def _check_picture(options: argparse.Namespace, inputs: Sequence[Path]) -> None:
+    canvas.check_available()
+    check_no_input(options.out, inputs)
+    check_output_file(options.out, overwrite=options.overwrite)
 
 
 def _overlap(options: argparse.Namespace) -> None:
     names = _names(options.files)
+    if options.out is not None:
+        _check_picture(options, options.files)
     masks = {name: _load(file) for name, file in zip(names, options.files, strict=True)}
     found = overlaps(masks)
     if options.out is not None:
@@ -149,6 +166,29 @@ def _as_json(mask: ChildMask, found: Densities) -> dict[str, Any]:
         "layers": inside,
         "outside_layers": outside,
         "dense": list(found.dense_names),
+    }
+
+
+def _spectrum_as_json(found: FisherSpectrum) -> dict[str, Any]:
+    bins = zip(found.edges, found.edges[1:], found.counts, found.child_counts, strict=False)
+    return {
+        "elements": found.numel,
+        "child": found.child,
+        "threshold": found.threshold,
+        "largest_outside": found.largest_outside,
+        "mass": found.mass,
+        "child_mass": found.child_mass,
+        "zeros": {"elements": found.zeros, "child": found.child_zeros},
+        # JSON has no infinity: the last bin of fp32 ends nowhere.
+        "bins": [
+            {
+                "from": low,
+                "to": high if high < math.inf else None,
+                "elements": count,
+                "child": child,
+            }
+            for low, high, count, child in bins
+        ],
     }
 
 

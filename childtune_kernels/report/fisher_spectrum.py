@@ -13,7 +13,7 @@ from .. import ops
 from ..child_mask import ChildMask
 from ..labels import label_of
 from ..progress import progress_of
-from .text_table import aligned, percent
+from .text_table import aligned, percent, scientific
 
 BINS_A_DECADE = 10
 _CHUNK = 1 << 20  # elements; a multiple of 32, so that chunks begin with a mask word
@@ -172,11 +172,12 @@ def sentences(found: FisherSpectrum) -> list[str]:
     ]
     if found.threshold is None:
         return [*said, "The child is empty: it has no threshold."]
-    said.append(f"Threshold (smallest Fisher inside the child): {found.threshold:.4g}.")
+    said.append(f"Threshold (smallest Fisher inside the child): {scientific(found.threshold)}.")
     if found.largest_outside is not None:
         top = found.largest_outside <= found.threshold
         verdict = "the child is the global top" if top else "the child is not the global top"
-        said.append(f"Largest Fisher outside the child: {found.largest_outside:.4g}; {verdict}.")
+        largest = scientific(found.largest_outside)
+        said.append(f"Largest Fisher outside the child: {largest}; {verdict}.")
     return said
 
 

@@ -4,20 +4,25 @@ from __future__ import annotations
 
 import math
 import os
+from bisect import bisect_right
+from dataclasses import replace
 from typing import Any
 
 from .canvas import QUIET, Canvas, Margins
 from .fisher_spectrum import FisherSpectrum, sentences
-from .text_table import percent
+from .text_table import percent, scientific
 
 _REST, _CHILD, _THRESHOLD = "#c5ccd6", "#2a78b5", "#c2410c"
 _MOST_TICKS = 12
+_LEAST_BAR = 1 / 500  # of the axis's height: what is lower is less than a pixel
 
 
 def plot_fisher_spectrum(
     found: FisherSpectrum, path: str | os.PathLike[str], title: str = "child"
 ) -> None:
     """Draw the histogram of log10(Fisher); elements without Fisher have a bar of their own.
+
+    The axis ends where bars become too low to be seen; a footnote counts the elements beyond its ends.
 
     Args:
         found: what ``fisher_spectrum`` counted.
@@ -28,7 +33,11 @@ def plot_fisher_spectrum(
         RuntimeError: matplotlib is not installed.
         FileNotFoundError: no such directory.
     """
-    canvas = Canvas(Margins(left=0.8, right=0.3, top=1.05, bottom=0.65), 8.0, [3.4])
+    beyond = sum(found.counts)
+    found = _visible(found)
+    beyond -= sum(found.counts)
+    margins = Margins(left=0.8, right=0.3, top=1.05, bottom=0.65 + 0.2 * bool(beyond))
+    canvas = Canvas(margins, 8.0, [3.4])
     (axes,) = canvas.axes
     places = _places(found)
     if places:
@@ -53,8 +62,27 @@ def plot_fisher_spectrum(
     axes.tick_params(labelsize=8, length=3, color=QUIET)
     axes.spines[["top", "right", "left"]].set_visible(False)
     _legend(axes, found)
-    canvas.titles(f"Fisher information and {title}", sentences(found)[0])
+    share = percent(beyond / found.numel)
+    note = f"{beyond:,} elements ({share} %) lie beyond the ends of the axis" if beyond else ""
+    canvas.titles(f"Fisher information and {title}", sentences(found)[0], note)
     canvas.write(path)
+
+
+def _visible(found: FisherSpectrum) -> FisherSpectrum:
+    """The spectrum without bins at its ends that nobody could see; the threshold's bin stays."""
+    least = _LEAST_BAR * _height(found) / 100 * found.numel
+    seen = [at for at, count in enumerate(found.counts) if count >= least]
+    if found.threshold:
+        seen.append(bisect_right(found.edges, found.threshold) - 1)
+    if not seen:
+        return found
+    first, last = min(seen), max(seen) + 1
+    return replace(
+        found,
+        edges=found.edges[first : last + 1],
+        counts=found.counts[first:last],
+        child_counts=found.child_counts[first:last],
+    )
 
 
 def _places(found: FisherSpectrum) -> list[float]:
@@ -113,7 +141,7 @@ def _legend(axes: Any, found: FisherSpectrum) -> None:
         Patch(color=_CHILD, label="in the child"),
     ]
     if found.threshold is not None:
-        text = f"threshold {found.threshold:.3g}"
+        text = f"threshold {scientific(found.threshold)}"
         handles.append(Line2D([], [], color=_THRESHOLD, lw=1.3, ls="--", label=text))
     axes.legend(handles=handles, loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, fontsize=8,
                 frameon=False)  # fmt: skip

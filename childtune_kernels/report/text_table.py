@@ -22,6 +22,11 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
+def scientific(value: float) -> str:
+    """A number in four significant digits, all of them written; ``0`` is zero and nothing else."""
+    return f"{value:.3e}" if value else "0"
+
+
 def percent(share: float) -> str:
     """A share as per cent without the sign, in at most five characters; a trace is never ``0``."""
     hundred = 100 * share
