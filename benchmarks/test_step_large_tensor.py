@@ -2,14 +2,15 @@
 
 import pytest
 
-from .cases import LARGE_TENSOR
+from .cases import LARGE_TENSOR, LARGE_TENSOR_APART, Case
 from .conftest import Report
 from .playback import playback
-from .variants import Variant, variants_of
+from .variants import VARIANTS, Variant
 
 pytestmark = pytest.mark.benchmark(timer=playback)
 
 
-@pytest.mark.parametrize("variant", variants_of(LARGE_TENSOR), ids=lambda variant: variant.name)
-def test_step_large_tensor(variant: Variant, report_step: Report) -> None:
-    report_step(LARGE_TENSOR, variant)
+@pytest.mark.parametrize("variant", VARIANTS, ids=lambda variant: variant.name)
+@pytest.mark.parametrize("case", [LARGE_TENSOR, LARGE_TENSOR_APART], ids=lambda case: case.name)
+def test_step_large_tensor(case: Case, variant: Variant, report_step: Report) -> None:
+    report_step(case, variant)

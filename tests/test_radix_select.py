@@ -123,7 +123,7 @@ def test_thread_counts_change_nothing(
 
 @pytest.mark.usefixtures("bracketed")
 def test_a_bracket_reads_the_scores_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(radix_select, "_SAMPLE", 1 << 13)
+    monkeypatch.setattr(radix_select, "_BYTES_OF_BINS", 1 << 28)
     read: list[int] = []
     count = ops.bracket_histogram
 
