@@ -131,8 +131,8 @@ LARGE_TENSOR = Case(
     limit="bytes",
 )
 # Tensors of 2²⁵ fp32 elements, allocated one after another, lie 2²⁷ + 2¹² bytes apart. At that distance
-# weight, gradient and moments push each other out of Zen's first-level cache (docs/performance.md), and torch's
-# fused step takes twice as long. Here they lie elsewhere.
+# weight, gradient and moments push each other out of Zen's first-level cache (docs/performance.md), and
+# torch's fused step takes twice as long. Here they lie elsewhere.
 LARGE_TENSOR_APART = Case(
     name="large_tensor_apart",
     title="One tensor of 2²⁵ + 2¹⁴ elements",
