@@ -13,7 +13,11 @@ CHILDTUNE_INLINE const Real* spread_block(Real* weight, uint64_t bits, const Rea
     const uint64_t lanes = bits >> at & kAllLanes;
     const Vec found = load<Vec>(weight + at);
     const Vec stepped = updated(found, expand_vector(update, lanes), scalars);
-    store(weight + at, select(lanes, stepped, decay_outside ? decayed(found, scalars) : found));
+    if (decay_outside) {
+      store(weight + at, select(lanes, stepped, decayed(found, scalars)));
+    } else {
+      store_selected(weight + at, stepped, lanes);
+    }
     update += __builtin_popcountll(lanes);
   }
   return update;

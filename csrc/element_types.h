@@ -41,12 +41,22 @@ CHILDTUNE_INLINE void store_as(Half* target, VecF32 value) {
 
 // Writes the lanes of `value` whose bit is set in `bits`; the others keep what is stored, bit for
 // bit (a NaN's payload included).
+#if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 64
+// Lines without such a lane are then not written at all.
+CHILDTUNE_INLINE void store_selected(float* target, VecF32 value, uint64_t bits) {
+  _mm512_mask_storeu_ps(target, (__mmask16)bits, (__m512)value);
+}
+CHILDTUNE_INLINE void store_selected(double* target, VecF64 value, uint64_t bits) {
+  _mm512_mask_storeu_pd(target, (__mmask8)bits, (__m512d)value);
+}
+#else
 CHILDTUNE_INLINE void store_selected(float* target, VecF32 value, uint64_t bits) {
   store(target, select(bits, value, load<VecF32>(target)));
 }
 CHILDTUNE_INLINE void store_selected(double* target, VecF64 value, uint64_t bits) {
   store(target, select(bits, value, load<VecF64>(target)));
 }
+#endif
 template <class Half>
 CHILDTUNE_INLINE void store_selected(Half* target, VecF32 value, uint64_t bits) {
   const VecU32 stored = __builtin_convertvector(load<HalfU16>(target), VecU32);
