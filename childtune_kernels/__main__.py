@@ -29,7 +29,7 @@ def run_as_program() -> int:
     """Run the command line on a terminal or pipe, silently where the pipe's reader has left.
 
     Returns:
-        The exit code; 1 where nobody reads the output any more.
+        The exit code; 1 where nobody reads the output any more, or it cannot be written.
     """
     try:
         try:
@@ -38,6 +38,10 @@ def run_as_program() -> int:
             sys.stdout.flush()  # here, for at exit nobody could catch what it raises
     except BrokenPipeError:
         # Python flushes once more at exit; what is left goes where nothing breaks.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:  # a full disk under stdout, say
+        print(f"error: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

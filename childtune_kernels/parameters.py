@@ -131,7 +131,7 @@ def mask_words(
         what = "no name of it matches" if len(unknown) == len(labels) else "it does not know"
         raise ValueError(
             f"child_mask: {what} {_shortened(unknown)}; it knows {_shortened(mask.names)}; give what "
-            "shall train densely as dense=[...] to ChildMask.from_dense"
+            "shall train densely as dense=[...] when making the mask"
         )
     words = {}
     for label, parameter in zip(labels, parameters, strict=True):

@@ -20,7 +20,6 @@ _DEVIATIONS = 4
 _WORTH_A_SAMPLE = 1 << 23
 _BYTES_OF_BINS = 1 << 24  # of all threads together
 
-_GREATEST_KEY = 0x7F7FFFFF
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # (shift, bits) of the key's digits, the highest first
 
 
@@ -84,9 +83,12 @@ def _place_by_digits(
 def _place_in_bracket(
     scores: Mapping[str, Tensor], k: int, total: int, largest: bool, backend: str | None
 ) -> Place | None:
-    """The same by a bracket that a sample gives; None where the k-th score lies outside it."""
+    """The same by a bracket that a sample gives; None where there is none, or the k-th lies outside."""
     values = list(scores.values())
-    low, high = _bracket(values, k / total, largest, backend)
+    bracket = _bracket(values, k / total, largest, backend)
+    if bracket is None:
+        return None
+    low, high = bracket
     most_bins = _BYTES_OF_BINS // (4 * torch.get_num_threads())
     shift = ((high - low) // most_bins).bit_length()
     counts, above, refused = ops.bracket_histogram(values, low, high, shift, backend)
@@ -106,20 +108,18 @@ def _place_in_bracket(
 
 def _bracket(
     values: list[Tensor], share: float, largest: bool, backend: str | None
-) -> tuple[int, int]:
-    """The lowest and the highest key between which a share of all scores ends, as a sample has it."""
+) -> tuple[int, int] | None:
+    """The keys between which a share of all scores ends, as a sample has it; None too near to an end."""
     # Odd, so that no power of two in a tensor's shape makes it meet the same columns over and over.
     stride = sum(value.numel() for value in values) // _SAMPLE | 1
     sample = torch.cat([value.view(-1)[::stride] for value in values])
     count = sample.numel()
     middle = count * share
     margin = _DEVIATIONS * math.sqrt(middle * (1 - share)) + _DEVIATIONS
-    ends = []
-    for rank in (int(middle - margin), int(middle + margin) + 1):
-        if 1 <= rank <= count:
-            ends.append(_place_by_digits([sample], rank, largest, backend)[0].key)
-        else:
-            ends.append(_GREATEST_KEY if largest == (rank < 1) else 0)
+    ranks = (int(middle - margin), int(middle + margin) + 1)
+    if ranks[0] < 1 or ranks[1] > count:
+        return None
+    ends = [_place_by_digits([sample], rank, largest, backend)[0].key for rank in ranks]
     return min(ends), max(ends)
 
 

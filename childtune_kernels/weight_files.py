@@ -42,7 +42,8 @@ def read_weights(path: str | os.PathLike[str]) -> WeightFiles:
 
     Raises:
         FileNotFoundError: there is nothing of the kind.
-        ValueError: a damaged file; an index that names other files or tensors than there are.
+        ValueError: a damaged file, or a mask, child checkpoint or Fisher file; an index that names
+            other files or tensors than there are.
     """
     path = Path(path)
     index: dict[str, Any] | None = None
@@ -59,6 +60,9 @@ def read_weights(path: str | os.PathLike[str]) -> WeightFiles:
         found, metadata[name] = _read_file(
             folder / name, path / INDEX if index is not None else None
         )
+        written_as = metadata[name].get("format", "")
+        if written_as.startswith("childtune_kernels."):
+            raise ValueError(f"{folder / name} is no model; its format is {written_as!r}")
         files[name] = list(found)
         twice = sorted(found.keys() & tensors.keys())
         if twice:
@@ -114,7 +118,9 @@ def check_target(target: str | os.PathLike[str], source: WeightFiles) -> None:
     if not source.path.is_dir():
         if target.is_dir():
             raise FileExistsError(f"{target} is a folder and {source.path} a file; name a file")
-    elif target.exists() and (not target.is_dir() or any(target.iterdir())):
+    elif target.exists() and not target.is_dir():
+        raise FileExistsError(f"{target} is a file and {source.path} a folder; name a folder")
+    elif target.exists() and any(target.iterdir()):
         raise FileExistsError(f"{target} exists and is no empty folder; name another")
     if not target.parent.is_dir():
         raise FileNotFoundError(f"{target.parent} is no directory; make it first")

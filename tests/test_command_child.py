@@ -260,17 +260,34 @@ def test_outputs_of_another_kind_are_refused(
     Path("full/something").touch()
     for base, out, message in (
         ("shards", "full", "full exists and is no empty folder"),
-        ("shards", "tuned.safetensors", "tuned.safetensors exists and is no empty folder"),
+        (
+            "shards",
+            "tuned.safetensors",
+            "tuned.safetensors is a file and shards a folder; name a folder",
+        ),
         ("shards", "missing/out", "missing is no directory"),
         ("base.safetensors", "full", "full is a folder and base.safetensors a file"),
         ("base.safetensors", "missing/out", "missing is no directory"),
     ):
         assert message in error_of(capsys, "apply", base, "child", out)
         assert message in error_of(capsys, "apply", base, "child", out, "--overwrite")
-    for out, message in (("full", "full is a folder"), ("missing/out", "missing is no directory")):
+    for out, message in (
+        ("full", "full is a folder"),
+        ("new/", "new/ is a folder; name a file"),
+        ("missing/out", "missing is no directory"),
+    ):
         assert message in error_of(capsys, "diff", "shards", "tuned.safetensors", out)
     os.mkdir("empty")
     assert main(["child", "apply", "shards", "child", "empty"]) == 0
+
+
+def test_a_child_checkpoint_is_no_model(
+    here: Path, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    message = "is no model; its format is 'childtune_kernels.child_checkpoint'"
+    assert message in error_of(capsys, "apply", "child", "child", "out")
+    assert message in error_of(capsys, "diff", "base.safetensors", "child", "out")
+    assert not Path("out").exists()
 
 
 def test_a_failed_folder_leaves_nothing(

@@ -138,6 +138,20 @@ def test_a_reader_that_left_is_no_error(arguments: list[str], tmp_path: Path) ->
     assert finished.returncode == 1
 
 
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")
+@pytest.mark.parametrize("command", ["info", "mask"])
+def test_an_output_that_cannot_be_written_is_one_line(command: str, tmp_path: Path) -> None:
+    ChildMask.from_dense({"w": torch.ones(1, dtype=torch.bool)}).save(tmp_path / "mask")
+    arguments = [command] if command == "info" else [command, "info", "mask"]
+    with open("/dev/full", "w") as full:
+        finished = subprocess.run(
+            [sys.executable, "-m", "childtune_kernels", *arguments], cwd=tmp_path, stdout=full,
+            stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+    assert finished.stderr.splitlines() == ["error: [Errno 28] No space left on device"]
+    assert finished.returncode == 1
+
+
 @pytest.mark.parametrize("command", ["child", "mask"])
 def test_commands_with_actions_show_examples(
     command: str, capsys: pytest.CaptureFixture[str]

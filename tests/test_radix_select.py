@@ -76,7 +76,8 @@ def test_a_bracket_finds_what_sorting_finds(
         expected = Place(key, k - first, int((keys == key).sum()))
         assert place_of(_parts(SCORES[scores]), k, largest, backend) == expected
     assert len(bracketed) == len(RANKS)
-    assert sum(place is not None for place in bracketed) >= len(RANKS) - 1
+    # A sample of 256 has nothing to say of the first and the last few.
+    assert [place is None for place in bracketed] == [k in RANKS[:2] + RANKS[-2:] for k in RANKS]
 
 
 @pytest.mark.parametrize("largest", [True, False])

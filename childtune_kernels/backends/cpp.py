@@ -35,7 +35,8 @@ def load() -> str | None:
         note = _PACKAGE / "_extension_absent.txt"
         if note.exists():
             return note.read_text().strip()
-        return "the extension was not built with this installation"
+        # A source tree in the working directory hides an installed package.
+        return f"no extension was built in {_PACKAGE}, from where the package was imported"
     try:
         torch.ops.load_library(str(libraries[-1]))
     except OSError as error:

@@ -53,7 +53,7 @@ def check_output_file(out: str | os.PathLike[str], *, overwrite: bool) -> None:
         FileNotFoundError: its directory does not exist.
     """
     target = Path(out)
-    if target.is_dir():
+    if target.is_dir() or os.fspath(out).endswith(os.sep):
         raise FileExistsError(f"{out} is a folder; name a file to write")
     if target.exists() and not overwrite:
         raise FileExistsError(f"{out} exists already; name another file, or say --overwrite")
