@@ -36,12 +36,10 @@ def run_as_program() -> int:
             return main()
         finally:
             sys.stdout.flush()  # here, for at exit nobody could catch what it raises
-    except BrokenPipeError:
+    except OSError as error:
+        if not isinstance(error, BrokenPipeError):  # a full disk under stdout, say
+            print(f"error: {error}", file=sys.stderr)
         # Python flushes once more at exit; what is left goes where nothing breaks.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
-    except OSError as error:  # a full disk under stdout, say
-        print(f"error: {error}", file=sys.stderr)
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

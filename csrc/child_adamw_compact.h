@@ -70,28 +70,38 @@ void update_span(const PlanRow& row, const RowStep<Real>& step, Weight* weight, 
   }
 }
 
-// Eq. 8 and 10 for `count` child elements from rank `rank` on, whose gradients stand in a buffer; their
-// updates (eq. 11) go to another.
+// Eq. 8 and 10 for a vector of child elements, or its first `count`. Returns their updates (eq. 11).
+template <bool kWhole, class Vec, class Real>
+CHILDTUNE_INLINE Vec step_moments(Vec grad, Real* exp_avgs, Real* exp_avg_sqs, int count,
+                                  const AdamWScalars<Real>& scalars) {
+  constexpr uint64_t kAll = ~uint64_t(0);
+  Vec exp_avg = kWhole ? load<Vec>(exp_avgs) : load_part(exp_avgs, count);
+  Vec exp_avg_sq = kWhole ? load<Vec>(exp_avg_sqs) : load_part(exp_avg_sqs, count);
+  const Vec update = moments_and_update(grad, exp_avg, exp_avg_sq, kAll, scalars);
+  if constexpr (kWhole) {
+    store(exp_avgs, exp_avg);
+    store(exp_avg_sqs, exp_avg_sq);
+  } else {
+    store_part(exp_avgs, exp_avg, count);
+    store_part(exp_avg_sqs, exp_avg_sq, count);
+  }
+  return update;
+}
+
+// The same for `count` child elements from rank `rank` on, from a buffer of gradients to one of updates.
 template <class Grad, class Real>
 void update_moments(const PlanRow& row, const AdamWScalars<Real>& scalars, const Grad* grad, int count, int64_t rank,
                     Real* update) {
   typedef typename VecOf<Real>::type Vec;
   constexpr int kLanes = kVectorBytes / int(sizeof(Real));
-  constexpr uint64_t kAll = ~uint64_t(0);
-  Real* const exp_avgs = reinterpret_cast<Real*>(row.exp_avg) + rank;
-  Real* const exp_avg_sqs = reinterpret_cast<Real*>(row.exp_avg_sq) + rank;
+  Real* const exp_avg = reinterpret_cast<Real*>(row.exp_avg) + rank;
+  Real* const exp_avg_sq = reinterpret_cast<Real*>(row.exp_avg_sq) + rank;
   int at = 0;
-  for (; at + kLanes <= count; at += kLanes) {
-    Vec exp_avg = load<Vec>(exp_avgs + at), exp_avg_sq = load<Vec>(exp_avg_sqs + at);
-    store(update + at, moments_and_update(load_as(grad + at, Vec()), exp_avg, exp_avg_sq, kAll, scalars));
-    store(exp_avgs + at, exp_avg);
-    store(exp_avg_sqs + at, exp_avg_sq);
-  }
+  for (; at + kLanes <= count; at += kLanes)
+    store(update + at, step_moments<true>(load_as(grad + at, Vec()), exp_avg + at, exp_avg_sq + at, kLanes, scalars));
   if (at == count) return;
-  Vec exp_avg = load_part(exp_avgs + at, count - at), exp_avg_sq = load_part(exp_avg_sqs + at, count - at);
-  store(update + at, moments_and_update(load_as(grad + at, Vec()), exp_avg, exp_avg_sq, kAll, scalars));
-  store_part(exp_avgs + at, exp_avg, count - at);
-  store_part(exp_avg_sqs + at, exp_avg_sq, count - at);
+  store(update + at,
+        step_moments<false>(load_as(grad + at, Vec()), exp_avg + at, exp_avg_sq + at, count - at, scalars));
 }
 
 // Eq. 9 alone for local elements begin .. end-1.

@@ -5,19 +5,8 @@
 template <bool kWhole, class Weight, class Grad, class Real>
 CHILDTUNE_INLINE void step_places(const Weight* weight, const Grad* grad, const uint16_t* places, Real* exp_avgs,
                                   Real* exp_avg_sqs, Real* stepped, int count, const AdamWScalars<Real>& scalars) {
-  typedef typename VecOf<Real>::type Vec;
-  constexpr uint64_t kAll = ~uint64_t(0);
-  Vec exp_avg = kWhole ? load<Vec>(exp_avgs) : load_part(exp_avgs, count);
-  Vec exp_avg_sq = kWhole ? load<Vec>(exp_avg_sqs) : load_part(exp_avg_sqs, count);
-  const Vec update = moments_and_update(gather_vector(grad, places), exp_avg, exp_avg_sq, kAll, scalars);
+  const auto update = step_moments<kWhole>(gather_vector(grad, places), exp_avgs, exp_avg_sqs, count, scalars);
   store(stepped, updated(gather_vector(weight, places), update, scalars));
-  if constexpr (kWhole) {
-    store(exp_avgs, exp_avg);
-    store(exp_avg_sqs, exp_avg_sq);
-  } else {
-    store_part(exp_avgs, exp_avg, count);
-    store_part(exp_avg_sqs, exp_avg_sq, count);
-  }
 }
 
 // A chunk of a contiguous tensor without a Bernoulli mask, where the weight is its own master.
@@ -76,4 +65,3 @@ void run_indices_unit(const PlanRow& row, const RowStep<Real>& step, int64_t uni
     rank += count;
   } while (rank < ranks[1]);
 }
-

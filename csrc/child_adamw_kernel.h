@@ -114,7 +114,8 @@ void run_dense_units(const PlanRow& row, const RowStep<Real>& step, int64_t firs
   const bool aligned = row.element_contiguous && row.storage_contiguous && row.element_map.base % kBlock == 0;
   if (kManyRegisters && step.bernoulli && aligned && row.mask_words == 0) {
     const int64_t end = last_block < whole_blocks ? last_block : whole_blocks;
-    if (first_block < end) first_block = run_bernoulli_blocks<Weight, Grad>(row, step, first_block, end);
+    if (first_block + kStretchBlocks <= end)
+      first_block = run_bernoulli_blocks<Weight, Grad>(row, step, first_block, end);
   }
   run_blocks<Weight, Grad>(row, step, first_block, last_block);
 }

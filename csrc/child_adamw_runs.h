@@ -49,4 +49,3 @@ void run_runs_unit(const PlanRow& row, const RowStep<Real>& step, int64_t unit) 
     rank = end;
   }
 }
-

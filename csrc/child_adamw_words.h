@@ -123,4 +123,3 @@ void run_words_unit(const PlanRow& row, const RowStep<Real>& step, int64_t unit)
     }
   }
 }
-

@@ -1,6 +1,7 @@
 // Op topk_select: the launches. Every pass cuts all tensors into units and shares those between torch's
 // threads; what they count are sums of integers, so that no order of the units matters.
 #include <algorithm>
+#include <atomic>
 #include <mutex>
 #include <vector>
 
@@ -65,22 +66,20 @@ class Histogram {
   std::vector<uint32_t> tables_;
 };
 
-}  // namespace
-
-void digit_histogram_(std::vector<Tensor> scores, int64_t shift, int64_t bits, int64_t prefix, Tensor counts,
-                      Tensor refused, int64_t capability) {
-  const Kernels& kernels = require_kernels(capability);
+// Counts all scores: count(scores, how many, tables) fills a thread's tables and returns how many it refused.
+template <class Count>
+void histogram_pass(const std::vector<Tensor>& scores, int64_t bins, int64_t stride, int table_count, Tensor& counts,
+                    Tensor& refused, const Count& count_scores) {
   int64_t* const all_counts = static_cast<int64_t*>(counts.data_ptr());
   int64_t* const all_refused = static_cast<int64_t*>(refused.data_ptr());
   const Units units(scores, kPassUnit);
   std::mutex mutex;
   torch::stable::parallel_for(0, units.size(), kGrain, [&](int64_t begin, int64_t end) {
-    Histogram histogram(int64_t(1) << bits, histogram_stride(int(bits)), kHistogramTables);
+    Histogram histogram(bins, stride, table_count);
     for (int64_t stop; begin < end; begin = stop) {
       stop = std::min(end, begin + kUnitsOfTables);
       units.each(begin, stop, [&](int64_t, size_t tensor, int64_t start, int64_t count) {
-        const int64_t found = kernels.digit_histogram(bits_of(scores[tensor]) + start, count, int(shift), int(bits),
-                                                      uint32_t(prefix), histogram.tables());
+        const int64_t found = count_scores(bits_of(scores[tensor]) + start, count, histogram.tables());
         if (found == 0) return;
         const std::lock_guard<std::mutex> lock(mutex);
         all_refused[tensor] += found;
@@ -91,31 +90,30 @@ void digit_histogram_(std::vector<Tensor> scores, int64_t shift, int64_t bits, i
   });
 }
 
+}  // namespace
+
+void digit_histogram_(std::vector<Tensor> scores, int64_t shift, int64_t bits, int64_t prefix, Tensor counts,
+                      Tensor refused, int64_t capability) {
+  const Kernels& kernels = require_kernels(capability);
+  histogram_pass(scores, int64_t(1) << bits, histogram_stride(int(bits)), kHistogramTables, counts, refused,
+                 [&](const uint32_t* first, int64_t count, uint32_t* tables) {
+                   return kernels.digit_histogram(first, count, int(shift), int(bits), uint32_t(prefix), tables);
+                 });
+}
+
 void bracket_histogram_(std::vector<Tensor> scores, int64_t low, int64_t high, int64_t shift, Tensor counts,
                         Tensor above, Tensor refused, int64_t capability) {
   const Kernels& kernels = require_kernels(capability);
-  int64_t* const all_counts = static_cast<int64_t*>(counts.data_ptr());
-  int64_t* const all_above = static_cast<int64_t*>(above.data_ptr());
-  int64_t* const all_refused = static_cast<int64_t*>(refused.data_ptr());
-  const Units units(scores, kPassUnit);
-  std::mutex mutex;
-  torch::stable::parallel_for(0, units.size(), kGrain, [&](int64_t begin, int64_t end) {
-    Histogram histogram(counts.numel(), counts.numel(), 1);
-    for (int64_t stop; begin < end; begin = stop) {
-      stop = std::min(end, begin + kUnitsOfTables);
-      int64_t found_above = 0;
-      units.each(begin, stop, [&](int64_t, size_t tensor, int64_t start, int64_t count) {
-        const int64_t found = kernels.bracket_histogram(bits_of(scores[tensor]) + start, count, uint32_t(low),
-                                                        uint32_t(high), int(shift), histogram.tables(), &found_above);
-        if (found == 0) return;
-        const std::lock_guard<std::mutex> lock(mutex);
-        all_refused[tensor] += found;
-      });
-      const std::lock_guard<std::mutex> lock(mutex);
-      histogram.add_to(all_counts);
-      *all_above += found_above;
-    }
+  const int64_t bins = counts.numel();
+  std::atomic<int64_t> all_above{0};
+  histogram_pass(scores, bins, bins, 1, counts, refused, [&](const uint32_t* first, int64_t count, uint32_t* table) {
+    int64_t found_above = 0;
+    const int64_t found =
+        kernels.bracket_histogram(first, count, uint32_t(low), uint32_t(high), int(shift), table, &found_above);
+    all_above += found_above;
+    return found;
   });
+  *static_cast<int64_t*>(above.data_ptr()) = all_above;
 }
 
 void select_words_(std::vector<Tensor> scores, int64_t threshold, bool largest, int64_t unit,
