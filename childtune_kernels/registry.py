@@ -15,7 +15,11 @@ BACKENDS = ("triton", "cpp", "reference")
 TABLE: dict[str, dict[str, str | None]] = {
     "child_adamw": {"triton": None, "cpp": "cpp", "reference": "reference.child_adamw"},
     "observe": {"triton": None, "cpp": "cpp", "reference": "reference.observe"},
-    "keep_words": {"triton": None, "cpp": "cpp", "reference": "reference.keep_words"},
+    "keep_words": {
+        "triton": "triton.keep_words",
+        "cpp": "cpp",
+        "reference": "reference.keep_words",
+    },
     "bitmask": {"triton": None, "cpp": "cpp", "reference": "reference.bitmask"},
     "fisher_accumulate": {
         "triton": None,
@@ -30,12 +34,13 @@ _warned: set[str] = set()
 
 @dataclass(frozen=True)
 class Choice:
-    """One cell of the table for one device."""
+    """One cell of the table for one device; ``on_request``: it serves only those who name it."""
 
     op: str
     backend: str
     available: bool
     reason: str
+    on_request: bool = False
 
     @property
     def module(self) -> ModuleType:
@@ -49,6 +54,12 @@ def _cell(op: str, backend: str, device: torch.device) -> Choice:
         return Choice(op, backend, False, "no kernel of this op yet")
     if backend == "reference":
         return Choice(op, backend, True, "plain PyTorch, serves every device")
+    if backend == "triton":
+        absent = _triton_absent(device)
+        if device.type == "cpu":
+            reason = absent or "runs in Triton's interpreter, where it is asked for"
+            return Choice(op, backend, absent is None, reason, on_request=True)
+        return Choice(op, backend, absent is None, absent or "compiled when first used")
     if device.type != "cpu":
         return Choice(op, backend, False, f"serves CPU tensors, not {device.type}")
     from .backends import cpp
@@ -61,6 +72,21 @@ def _cell(op: str, backend: str, device: torch.device) -> Choice:
     except RuntimeError as error:
         return Choice(op, backend, False, str(error))
     return Choice(op, backend, True, f"compiled, runs {capability}")
+
+
+def _triton_absent(device: torch.device) -> str | None:
+    """None, or why Triton kernels cannot run on a device."""
+    if device.type not in ("cpu", "cuda"):
+        return f"serves CUDA and HIP devices, not {device.type}"
+    try:
+        from .backends.triton import launch
+    except (
+        Exception
+    ) as error:  # a Triton that does not go with this torch or Python fails in many ways
+        return f"triton does not load ({error}); pip install triton"
+    if device.type == "cpu" and not launch.INTERPRETED:
+        return "serves CPU tensors only under TRITON_INTERPRET=1, set before Python starts"
+    return None
 
 
 def survey(device: torch.device | str = "cpu") -> list[Choice]:
@@ -87,7 +113,7 @@ def choose(op: str, device: torch.device | str, requested: str | None = None) ->
             raise RuntimeError(_refusal(cell, device))
         return cell
     cells = [_cell(op, backend, device) for backend in BACKENDS]
-    chosen = next(cell for cell in cells if cell.available)
+    chosen = next(cell for cell in cells if cell.available and not cell.on_request)
     if chosen.backend == "reference":
         _refuse_forced_capability(device)
         _warn_once(cells, device)
@@ -139,8 +165,8 @@ def explain(device: torch.device | str = "cpu") -> str:
     for cell in survey(device):
         mark = "-"
         if cell.available:
-            mark = "+" if cell.op in chosen else "*"
-            chosen.add(cell.op)
+            mark = "+" if cell.on_request or cell.op in chosen else "*"
+            chosen |= {cell.op} if mark == "*" else set()
         lines.append(f"{cell.op:<19}{cell.backend:<12}{mark:<3}{cell.reason}")
     lines.append("* chosen   + available   - not available")
     return "\n".join(lines)

@@ -1,0 +1,130 @@
+"""How kernels get onto a device: tables and chunk maps, fixed configurations, the device guard.
+
+A launch serves many tensors. Their addresses stand in a table on the device, and a chunk map says for
+every program which row of the table, and which part of that tensor, it works on.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+#: Whether kernels run in Triton's interpreter. Triton decides it when a kernel is defined.
+INTERPRETED = bool(triton.knobs.runtime.interpret)
+
+
+class Config(NamedTuple):
+    """How an op is cut up on a generation of GPUs: elements a program, and its warps."""
+
+    tile: int
+    num_warps: int
+
+
+class Variant(NamedTuple):
+    """One compiled form of a kernel: what a launch asks for, and what is compiled ahead of time.
+
+    ``signature`` has Triton's type of every argument ("*i64", "i32", "constexpr", ...), ``constants`` the
+    values of the constexpr ones. ``elementwise``: the kernel needs neither shared memory nor shuffles.
+    """
+
+    name: str
+    kernel: Any
+    signature: dict[str, str]
+    constants: dict[str, Any]
+    num_warps: int
+    elementwise: bool
+    tile: int
+
+
+# Never autotuned: the trial runs of an in-place kernel would change weights and state. Four elements a
+# thread are one 128-bit access of fp32, and leave registers for more than half of all threads. Not yet
+# measured on a GPU: `make gpu` compares these with their neighbours.
+_GENERATIONS: dict[str, dict[str, Config]] = {
+    "sm_80": {},
+    "sm_90": {},
+    "sm_100": {},
+    "gfx942": {},
+}
+_DEFAULTS = {
+    "child_adamw": Config(1024, 8),
+    "child_adamw_compact": Config(1024, 8),
+    "fisher_accumulate": Config(1024, 8),
+    "keep_words": Config(1024, 4),
+    "bitmask": Config(4096, 4),
+    "topk_select": Config(4096, 8),
+}
+# The interpreter pays by operation, not by element.
+_INTERPRETER = Config(4096, 1)
+
+
+def generation(device: torch.device) -> str:
+    """The GPU generation of a device as ``_GENERATIONS`` names it, or ``"interpreter"``."""
+    if INTERPRETED:
+        return "interpreter"
+    properties = torch.cuda.get_device_properties(device)
+    if torch.version.hip:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def config(op: str, of_generation: str) -> Config:
+    """The configuration of an op; generations that are not in the table take the default."""
+    if of_generation == "interpreter":
+        return _INTERPRETER
+    return _GENERATIONS.get(of_generation, {}).get(op, _DEFAULTS[op])
+
+
+def generations() -> list[str]:
+    """The generations that kernels are compiled for and checked on ahead of time."""
+    return list(_GENERATIONS)
+
+
+def upload(host: Tensor, device: torch.device) -> Tensor:
+    """A copy of a CPU tensor on a device, on its current stream, without waiting.
+
+    The bytes go through a pinned block of their own, which the allocator gives out again only when the
+    copy has been made.
+    """
+    if device.type == "cpu":
+        return host.clone()
+    return host.pin_memory().to(device, non_blocking=True)
+
+
+def chunk_map(sizes: Sequence[int], tile: int) -> Tensor:
+    """Row and chunk of every program (int32, ``[programs, 2]``, on the CPU): tiles of tensors of these sizes.
+
+    Empty tensors have no program.
+    """
+    chunks = torch.tensor([-(-size // tile) for size in sizes], dtype=torch.int64, device="cpu")
+    rows = torch.arange(len(sizes), dtype=torch.int64, device="cpu").repeat_interleave(chunks)
+    first = (chunks.cumsum(0) - chunks)[rows]
+    within = torch.arange(rows.numel(), dtype=torch.int64, device="cpu") - first
+    return torch.stack([rows, within], 1).to(torch.int32)
+
+
+def launch(
+    kernel: Any,
+    programs: int,
+    device: torch.device,
+    arguments: Sequence[Any],
+    constants: dict[str, Any],
+    num_warps: int,
+) -> None:
+    """Run a kernel on a device's current stream.
+
+    Args:
+        kernel: a ``@triton.jit`` function; ``arguments`` are its first parameters, in their order.
+        programs: how many; with 0 nothing is launched.
+        constants: the values of its constexpr parameters.
+    """
+    if programs == 0:
+        return
+    guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
+    with guard:
+        # No operation is contracted into a fused multiply-add (SPEC.md, "Types and rounding").
+        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
