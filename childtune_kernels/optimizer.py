@@ -200,7 +200,9 @@ class FusedChildAdamW(Optimizer):
             for plan in plans:
                 plan.refresh()
             for plan in plans:
-                ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice)
+                ops.child_adamw_(
+                    plan.rows, plan.row_table, plan.group_table, plan.choice, plan.kept
+                )
                 plan.finish()
 
     def _current_plans(self) -> list[StepPlan]:

@@ -13,7 +13,11 @@ import torch
 # that column has no kernel for it.
 BACKENDS = ("triton", "cpp", "reference")
 TABLE: dict[str, dict[str, str | None]] = {
-    "child_adamw": {"triton": None, "cpp": "cpp", "reference": "reference.child_adamw"},
+    "child_adamw": {
+        "triton": "triton.child_adamw",
+        "cpp": "cpp",
+        "reference": "reference.child_adamw",
+    },
     "observe": {"triton": None, "cpp": "cpp", "reference": "reference.observe"},
     "keep_words": {
         "triton": "triton.keep_words",

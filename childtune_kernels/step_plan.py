@@ -171,6 +171,7 @@ class StepPlan:
         # Alive as long as the table points at them, so that no address can be given out again.
         self._held: list[Any] = [None] * len(self.rows)
         self._copies: list[Tensor] = []
+        self.kept: dict[str, Any] = {}
 
     def refresh(self) -> None:
         """Bring the tables up to date with the groups' options and this step's tensors.

@@ -76,9 +76,11 @@ def capability() -> int:
     return _capability(os.environ.get(CAPABILITY_VARIABLE))
 
 
-def child_adamw_(rows: Sequence[Any], row_table: Tensor, group_table: Tensor) -> None:
+def child_adamw_(
+    rows: Sequence[Any], row_table: Tensor, group_table: Tensor, kept: dict[str, Any]
+) -> None:
     """Update every active row in place (contract: ops.child_adamw_)."""
-    del rows
+    del rows, kept
     torch.ops.childtune_kernels.child_adamw_(row_table, group_table, capability())
 
 

@@ -11,7 +11,11 @@ from .. import registry
 
 
 def child_adamw_(
-    rows: Sequence[Any], row_table: Tensor, group_table: Tensor, choice: registry.Choice
+    rows: Sequence[Any],
+    row_table: Tensor,
+    group_table: Tensor,
+    choice: registry.Choice,
+    kept: dict[str, Any],
 ) -> None:
     """One AdamW step of the child networks of all active rows, in place (SPEC.md, eq. 1 to 12).
 
@@ -20,6 +24,7 @@ def child_adamw_(
         row_table: int64 ``[rows, ROW_WIDTH]``, the same rows for kernels that take pointers.
         group_table: float64 ``[groups, GROUP_WIDTH]``, the numbers of the parameter groups.
         choice: what ``registry.choose("child_adamw", device)`` gave for the plan's device.
+        kept: what the backend keeps between the steps of one plan; at first empty.
 
     Changes in place, for every row whose ``active`` is set: the parameter, exp_avg, exp_avg_sq, the
     master weight, and the step (+1). Gradients are only read.
@@ -27,4 +32,4 @@ def child_adamw_(
     if choice.backend == "reference":
         choice.module.child_adamw_(rows)
     else:
-        choice.module.child_adamw_(rows, row_table, group_table)
+        choice.module.child_adamw_(rows, row_table, group_table, kept)

@@ -119,7 +119,7 @@ def stepped(
             row.parameter.grad = _in_memory(view(gradient), offset)
         with torch.no_grad():
             plan.refresh()
-            ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice)
+            ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice, plan.kept)
             plan.finish()
     return _joined(rows, shards, sizes)
 

@@ -30,6 +30,7 @@ class Variant(NamedTuple):
 
     ``signature`` has Triton's type of every argument ("*i64", "i32", "constexpr", ...), ``constants`` the
     values of the constexpr ones. ``elementwise``: the kernel needs neither shared memory nor shuffles.
+    ``registers``: the most that a thread may have.
     """
 
     name: str
@@ -39,7 +40,11 @@ class Variant(NamedTuple):
     num_warps: int
     elementwise: bool
     tile: int
+    registers: int | None = None
 
+
+#: Registers a thread with which half of an NVIDIA multiprocessor's 2048 threads can be resident.
+HALF_OCCUPANCY = 64
 
 # Never autotuned: the trial runs of an in-place kernel would change weights and state. Four elements a
 # thread are one 128-bit access of fp32, and leave registers for more than half of all threads. Not yet
@@ -79,6 +84,11 @@ def config(op: str, of_generation: str) -> Config:
     return _GENERATIONS.get(of_generation, {}).get(op, _DEFAULTS[op])
 
 
+def warp_size(of_generation: str) -> int:
+    """Threads of a warp."""
+    return 64 if of_generation.startswith("gfx9") else 32
+
+
 def generations() -> list[str]:
     """The generations that kernels are compiled for and checked on ahead of time."""
     return list(_GENERATIONS)
@@ -114,6 +124,7 @@ def launch(
     arguments: Sequence[Any],
     constants: dict[str, Any],
     num_warps: int,
+    registers: int | None = None,
 ) -> None:
     """Run a kernel on a device's current stream.
 
@@ -121,10 +132,20 @@ def launch(
         kernel: a ``@triton.jit`` function; ``arguments`` are its first parameters, in their order.
         programs: how many; with 0 nothing is launched.
         constants: the values of its constexpr parameters.
+        registers: the most that a thread may have, on GPUs that let a launch say so.
     """
     if programs == 0:
         return
+    options = options_of(num_warps, registers, bool(torch.version.hip))
     guard = contextlib.nullcontext() if device.type == "cpu" else torch.cuda.device(device)
     with guard:
-        # No operation is contracted into a fused multiply-add (SPEC.md, "Types and rounding").
-        kernel[(programs,)](*arguments, **constants, num_warps=num_warps, enable_fp_fusion=False)
+        kernel[(programs,)](*arguments, **constants, **options)
+
+
+def options_of(num_warps: int, registers: int | None, hip: bool) -> dict[str, Any]:
+    """What the compiler is told besides a kernel's constants.
+
+    No operation is contracted into a fused multiply-add (SPEC.md, "Types and rounding").
+    """
+    options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
+    return options if registers is None or hip else options | {"maxnreg": registers}

@@ -1,0 +1,134 @@
+"""Op child_adamw: one step of child networks, a prologue and a launch a combination of types and mask kind.
+
+Equations 6 to 12 of SPEC.md for all rows of a plan. The prologue is in step_scalars.py, the maths in
+adamw_math.py, the kernels in child_adamw_dense.py and child_adamw_compact.py; device_plan.py says who takes
+part in which launch.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .child_adamw_compact import (
+    child_adamw_segments_kernel,
+    child_adamw_words_kernel,
+    decay_outside_kernel,
+)
+from .child_adamw_dense import child_adamw_dense_kernel
+from .device_plan import Combination, DevicePlan, Launch, cut_of
+from .step_scalars import step_scalars_
+
+_TYPES = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+_KERNELS = {
+    "dense": child_adamw_dense_kernel,
+    "fixed": child_adamw_dense_kernel,
+    "words": child_adamw_words_kernel,
+    "indices": child_adamw_segments_kernel,
+    "runs": child_adamw_segments_kernel,
+    "outside": decay_outside_kernel,
+}
+
+
+def _constants(combination: Combination, generation: str) -> dict[str, Any]:
+    """The constexpr arguments of a combination's kernel."""
+    layout, cut = combination.layout, cut_of(combination, generation)
+    weight = {"WEIGHT": _TYPES[combination.weight]}
+    if layout == "outside":
+        return weight | {"TILE": cut.tile}
+    constants = weight | {
+        "GRAD": _TYPES[combination.grad],
+        "MASTER": combination.master,
+        "BERNOULLI": combination.bernoulli,
+        "TILE": cut.tile,
+    }
+    if layout == "words":
+        return constants
+    if layout in ("dense", "fixed"):
+        return constants | {"FIXED": layout == "fixed", "LANES": cut.lanes}
+    return constants | {"RUNS": layout == "runs", "LANES": cut.lanes}
+
+
+def _step_launch(plan: DevicePlan, each: Launch) -> None:
+    combination = each.combination
+    between = plan.draws if each.words is None else each.words
+    launch.launch(
+        _KERNELS[combination.layout],
+        each.chunks.shape[0],
+        plan.device,
+        (plan.rows, each.chunks, between, plan.scalars[combination.moment]),
+        _constants(combination, plan.generation),
+        cut_of(combination, plan.generation).num_warps,
+        launch.HALF_OCCUPANCY,
+    )
+
+
+def child_adamw_(
+    rows: Sequence[Any], row_table: Tensor, group_table: Tensor, kept: dict[str, Any]
+) -> None:
+    """Update every active row in place (contract: ops.child_adamw_)."""
+    plan = kept.get("device_plan")
+    if plan is None:
+        plan = kept["device_plan"] = DevicePlan(rows[0].parameter.device)
+    plan.refresh(rows, row_table, group_table)
+    step_scalars_(
+        plan.rows,
+        plan.groups,
+        plan.draws,
+        plan.scalars[torch.float32],
+        plan.scalars[torch.float64],
+        plan.count,
+    )
+    for each in plan.launches:
+        _step_launch(plan, each)
+
+
+def combinations() -> Iterator[Combination]:
+    """Every combination of types and mask kind that a plan can hold."""
+    types = [(torch.float32, torch.float32, False), (torch.float64, torch.float64, False)]
+    for weight, master in itertools.product((torch.bfloat16, torch.float16), (False, True)):
+        types += [(weight, weight, master), (weight, torch.float32, master)]
+    for layout in _KERNELS:
+        if layout == "outside":
+            continue
+        for (weight, grad, master), bernoulli in itertools.product(types, (False, True)):
+            yield Combination(weight, grad, master, bernoulli, layout)
+    for weight in _TYPES:
+        yield Combination(weight, weight, False, False, "outside")
+
+
+def variants(generation: str) -> Iterator[launch.Variant]:
+    """What is compiled ahead of time."""
+    for each in combinations():
+        names = [
+            str(each.weight),
+            str(each.grad),
+            "master" * each.master,
+            "bernoulli" * each.bernoulli,
+        ]
+        constants = _constants(each, generation)
+        between = "all_words" if each.layout == "outside" else "all_draws"
+        signature = {"rows": "*i64", "chunks": "*i32", between: "*i64"}
+        signature["all_scalars"] = "*fp64" if each.moment == torch.float64 else "*fp32"
+        cut = cut_of(each, generation)
+        yield launch.Variant(
+            "-".join(["child_adamw", each.layout, *filter(None, names)]).replace("torch.", ""),
+            _KERNELS[each.layout],
+            signature | dict.fromkeys(constants, "constexpr"),
+            constants,
+            cut.num_warps,
+            elementwise=each.layout != "words",
+            tile=cut.tile,
+            registers=launch.HALF_OCCUPANCY,
+        )

@@ -1,0 +1,226 @@
+"""The step of children that carry state of their own (SPEC.md, "Child layouts", eq. 8 to 12).
+
+A program takes some child elements of one tensor. Weight and gradient: [numel] under the tensor's strides;
+exp_avg, exp_avg_sq and master weight: [child_count], a value a child element. A lane needs two numbers:
+the element's rank, which is its place in the state, and its local index, its place in the tensor.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from ...plan_row import INDICES_UNIT, WORDS_UNIT
+from . import plan_columns as plan
+from . import step_scalars
+from .adamw_math import decayed, narrowed, step_of, widened
+from .child_adamw_dense import child_bits, full_tile, misaligned
+from .philox import keep_bits, mapped_index
+
+UNIT_OF_INDICES = tl.constexpr(INDICES_UNIT)
+UNIT_OF_WORDS = tl.constexpr(WORDS_UNIT)
+
+
+@triton.jit
+def set_bits(word):
+    """How many bits of each 32-bit word (uint32) are set; compilers know it for their own instruction."""
+    word = word - ((word >> 1) & 0x55555555)
+    word = (word & 0x33333333) + ((word >> 2) & 0x33333333)
+    return ((((word + (word >> 4)) & 0x0F0F0F0F) * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _segment_of(rank, ranks, first, count, STRIDE: tl.constexpr):
+    """Which of ``count`` segments from ``first`` on holds each rank, and the segment's first rank."""
+    segment = tl.zeros_like(rank) + first
+    while count > 1:
+        half = count // 2
+        middle = segment + half
+        segment = tl.where(tl.load(ranks + middle * STRIDE) <= rank, middle, segment)
+        count -= half
+    return segment, tl.load(ranks + segment * STRIDE)
+
+
+@triton.jit
+def _local_of_ranks(rank, row, first, count, RUNS: tl.constexpr):
+    """Local indexes of child elements (int64 ranks) that lie in ``count`` segments from ``first`` on."""
+    if RUNS:
+        runs = plan.address(row, plan.CHILD_PLACES, tl.int64)
+        segment, before = _segment_of(rank, runs + 1, first, count, 2)
+        return tl.load(runs + 2 * segment) + (rank - before)
+    ranks = plan.address(row, plan.CHILD_RANKS, tl.int64)
+    segment, _ = _segment_of(rank, ranks, first, count, 1)
+    within = tl.load(plan.address(row, plan.CHILD_PLACES, tl.int16) + rank)
+    return segment * UNIT_OF_INDICES + (within.to(tl.int64) & (UNIT_OF_INDICES - 1))
+
+
+@triton.jit
+def _step_of_lanes(
+    local, rank, exists, weight, grad, exp_avg, exp_avg_sq, master, row, draws, scalars,
+    MASTER: tl.constexpr, BERNOULLI: tl.constexpr,
+):  # fmt: skip
+    """The step of child elements wherever they lie: lanes that exist, given by local index and rank."""
+    place = local
+    if tl.load(row + plan.STORAGE_CONTIGUOUS) == 0:
+        place = mapped_index(local, row + plan.STORAGE_MAP)
+    stored = tl.load(weight + place, exists)
+    g = tl.load(grad + place, exists)
+    m = tl.load(exp_avg + rank, exists)
+    v = tl.load(exp_avg_sq + rank, exists)
+    if MASTER:
+        old_master = tl.load(master + rank, exists)
+    else:
+        old_master = stored
+    keep = True
+    if BERNOULLI:
+        element = local + tl.load(row + plan.ELEMENT_MAP)
+        if tl.load(row + plan.ELEMENT_CONTIGUOUS) == 0:
+            element = mapped_index(local, row + plan.ELEMENT_MAP)
+        step, threshold = tl.load(draws), tl.load(draws + 1).to(tl.uint32)
+        keep = keep_bits(element, tl.load(row + plan.PHILOX_KEY), step, threshold, 0)
+    new_stored, new, m, v = step_of(
+        stored, old_master, g, m, v, keep, True, scalars,
+        weight.dtype.element_ty, MASTER, BERNOULLI, False,
+    )  # fmt: skip
+    tl.store(weight + place, new_stored, exists)
+    tl.store(exp_avg + rank, m, exists)
+    tl.store(exp_avg_sq + rank, v, exists)
+    if MASTER:
+        tl.store(master + rank, new, exists)
+
+
+@triton.jit
+def _neighbours(
+    local, rank, weight, grad, exp_avg, exp_avg_sq, master, row,
+):  # fmt: skip
+    """Whether child elements that follow each other can be stepped by whole tiles from here on."""
+    odd = misaligned(weight + local) | misaligned(grad + local) | misaligned(exp_avg + rank)
+    odd |= misaligned(exp_avg_sq + rank) | misaligned(master + rank)
+    odd |= (tl.load(row + plan.ELEMENT_MAP) + local) & 3
+    maps = tl.load(row + plan.STORAGE_CONTIGUOUS) & tl.load(row + plan.ELEMENT_CONTIGUOUS)
+    return (odd == 0) & (maps != 0)
+
+
+@triton.jit
+def child_adamw_segments_kernel(
+    rows, chunks, all_draws, all_scalars,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
+    BERNOULLI: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
+    """Layouts runs and indices: a tile of ranks; the chunk names the runs, or units, that they lie in."""
+    chunk = chunks + 4 * tl.program_id(0).to(tl.int64)
+    index = tl.load(chunk).to(tl.int64)
+    start = tl.load(chunk + 1).to(tl.int64) * TILE
+    first, count = tl.load(chunk + 2).to(tl.int64), tl.load(chunk + 3)
+    row = rows + index * plan.ROW
+    scalars = all_scalars + index * step_scalars.WIDTH
+    draws = all_draws + 2 * index
+    MOMENT: tl.constexpr = all_scalars.dtype.element_ty
+    if tl.load(row + plan.ACTIVE) != 0:
+        weight = plan.address(row, plan.WEIGHT, WEIGHT)
+        grad = plan.address(row, plan.GRAD, GRAD)
+        exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
+        exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
+        master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
+        left = tl.load(row + plan.CHILD_COUNT) - start
+        in_one_run = False
+        if RUNS:
+            run = plan.address(row, plan.CHILD_PLACES, tl.int64) + 2 * first
+            local0 = tl.load(run) + (start - tl.load(run + 1))
+            in_one_run = (
+                (count == 1)
+                & (left >= TILE)
+                & _neighbours(local0, start, weight, grad, exp_avg, exp_avg_sq, master, row)
+            )
+        else:
+            local0 = start
+        if in_one_run:
+            full_tile(
+                weight + local0, grad + local0, exp_avg + start, exp_avg_sq + start, master + start,
+                row, local0, tl.load(row + plan.ELEMENT_MAP) + local0,
+                tl.load(row + plan.PHILOX_KEY), draws, scalars, MASTER, BERNOULLI, False, TILE,
+            )  # fmt: skip
+        else:
+            for at in range(0, tl.minimum(left, TILE).to(tl.int32), LANES):
+                lane = at + tl.arange(0, LANES)
+                exists = lane < left
+                rank = start + tl.where(exists, lane, 0)
+                local = _local_of_ranks(rank, row, first, count, RUNS)
+                _step_of_lanes(
+                    local, rank, exists, weight, grad, exp_avg, exp_avg_sq, master, row, draws, scalars,
+                    MASTER, BERNOULLI,
+                )  # fmt: skip
+
+
+@triton.jit
+def child_adamw_words_kernel(
+    rows, chunks, all_draws, all_scalars,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
+    BERNOULLI: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Layout words: a tile of the tensor; ranks are the set bits before, counted from the unit's first on."""
+    chunk = chunks + 4 * tl.program_id(0).to(tl.int64)
+    index = tl.load(chunk).to(tl.int64)
+    start = tl.load(chunk + 1).to(tl.int64) * TILE
+    row = rows + index * plan.ROW
+    scalars = all_scalars + index * step_scalars.WIDTH
+    draws = all_draws + 2 * index
+    MOMENT: tl.constexpr = all_scalars.dtype.element_ty
+    WORDS: tl.constexpr = TILE // 32
+    if tl.load(row + plan.ACTIVE) != 0:
+        numel = tl.load(row + plan.NUMEL)
+        weight = plan.address(row, plan.WEIGHT, WEIGHT)
+        grad = plan.address(row, plan.GRAD, GRAD)
+        exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
+        exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
+        master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
+        words = plan.address(row, plan.MASK_WORDS, tl.uint32)
+        ranks = plan.address(row, plan.CHILD_RANKS, tl.int64)
+        unit = start // UNIT_OF_WORDS
+        before = unit * (UNIT_OF_WORDS // 32) + tl.arange(0, UNIT_OF_WORDS // 32)
+        earlier = tl.load(words + before, before < start // 32, 0)
+        rank0 = tl.load(ranks + unit) + tl.sum(set_bits(earlier), 0)
+        at = start // 32 + tl.arange(0, WORDS)
+        word = tl.load(words + at, at * 32 < numel, 0)
+        counts = set_bits(word)
+        whole = tl.sum(counts, 0) == TILE
+        if whole & _neighbours(start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row):
+            full_tile(
+                weight + start, grad + start, exp_avg + rank0, exp_avg_sq + rank0, master + rank0,
+                row, start, tl.load(row + plan.ELEMENT_MAP) + start,
+                tl.load(row + plan.PHILOX_KEY), draws, scalars, MASTER, BERNOULLI, False, TILE,
+            )  # fmt: skip
+        else:
+            before_word = rank0 + (tl.cumsum(counts, 0) - counts)
+            bit = tl.arange(0, 32)[None, :]
+            below = ((tl.full((1, 32), 1, tl.uint32) << bit) - 1).to(tl.uint32)
+            rank = before_word[:, None] + set_bits(word[:, None] & below)
+            local = at[:, None] * 32 + bit
+            exists = ((word[:, None] >> bit) & 1) != 0
+            _step_of_lanes(
+                local, rank, exists, weight, grad, exp_avg, exp_avg_sq, master, row, draws, scalars,
+                MASTER, BERNOULLI,
+            )  # fmt: skip
+
+
+@triton.jit
+def decay_outside_kernel(
+    rows, chunks, all_words, all_scalars, WEIGHT: tl.constexpr, TILE: tl.constexpr
+):
+    """Eq. 9 for the weights outside the child, of a row without masters; ``all_words``: addresses by row."""
+    chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
+    index = tl.load(chunk).to(tl.int64)
+    start = tl.load(chunk + 1).to(tl.int64) * TILE
+    row = rows + index * plan.ROW
+    decay = tl.load(all_scalars + index * step_scalars.WIDTH + step_scalars.OUTSIDE_DECAY)
+    if (tl.load(row + plan.ACTIVE) != 0) & (decay != 0):
+        local = start + tl.arange(0, TILE)
+        numel = tl.load(row + plan.NUMEL)
+        words = tl.load(all_words + index).to(tl.pointer_type(tl.int32))
+        outside = (local < numel) & (child_bits(words, tl.minimum(local, numel - 1)) == 0)
+        place = local
+        if tl.load(row + plan.STORAGE_CONTIGUOUS) == 0:
+            place = mapped_index(local, row + plan.STORAGE_MAP)
+        weight = plan.address(row, plan.WEIGHT, WEIGHT) + place
+        old = widened(tl.load(weight, outside), all_scalars.dtype.element_ty)
+        tl.store(weight, narrowed(decayed(old, decay), WEIGHT), outside)

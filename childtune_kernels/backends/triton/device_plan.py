@@ -1,0 +1,230 @@
+"""A plan's tables on its device, and which launches a step takes (SPEC.md, section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ...plan_row import DTYPE_CODES, GROUP_COLUMN, LAYOUT_CODES, ROW_COLUMN, WORDS_UNIT
+from . import launch, step_scalars
+
+_KEEP_ALL = float(1 << 32)
+_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+_LAYOUTS = {code: name for name, code in LAYOUT_CODES.items()}
+# What decides on launches and chunk maps. Addresses of weights and gradients do not.
+_STRUCTURE = [
+    ROW_COLUMN[name]
+    for name in (
+        "group", "numel", "weight_dtype", "grad_dtype", "master_weight", "mask_words", "child_layout",
+        "child_count", "run_count", "child_ranks", "child_places",
+    )
+]  # fmt: skip
+
+
+class Combination(NamedTuple):
+    """What the rows of one launch share.
+
+    ``layout``: "dense" (no fixed mask), "fixed" (a fixed mask over dense state), a layout of compact
+    state, or "outside" (decay of the weights outside a compact child).
+    """
+
+    weight: torch.dtype
+    grad: torch.dtype
+    master: bool
+    bernoulli: bool
+    layout: str
+
+    @property
+    def moment(self) -> torch.dtype:
+        """The computing type."""
+        return torch.float64 if self.weight == torch.float64 else torch.float32
+
+
+class Cut(NamedTuple):
+    """How the kernel of a combination is cut up: elements a program, elements at a time, warps."""
+
+    tile: int
+    lanes: int
+    num_warps: int
+
+
+def cut_of(combination: Combination, generation: str) -> Cut:
+    """The tile and lanes with which a kernel needs no more than 64 registers a thread.
+
+    fp64 takes twice the registers; a Bernoulli mask over scattered children a Philox block an element.
+    """
+    op = "child_adamw" if combination.layout in ("dense", "fixed") else "child_adamw_compact"
+    tile, num_warps = launch.config(op, generation)
+    if generation == "interpreter":
+        return Cut(tile, tile, num_warps)
+    threads = num_warps * launch.warp_size(generation)
+    wide = combination.bernoulli or combination.moment == torch.float64
+    scattered = threads if wide else 2 * threads
+    tile = tile // 2 if combination.moment == torch.float64 else tile
+    if combination.layout == "words":
+        return Cut(scattered, scattered, num_warps)
+    if combination.layout == "indices":
+        return Cut(tile, scattered, num_warps)
+    return Cut(tile, threads, num_warps)
+
+
+class Launch(NamedTuple):
+    """One launch of a step: the rows of a combination, by programs."""
+
+    combination: Combination
+    chunks: Tensor
+    words: Tensor | None  # addresses of mask words by row, for "outside"
+
+
+class DevicePlan:
+    """What stays on the device between the steps of one plan.
+
+    Args:
+        device: of all tensors of the plan.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.generation = launch.generation(device)
+        self.launches: list[Launch] = []
+        self._host: dict[str, Tensor] = {}
+        self._on_device: dict[str, Tensor] = {}
+        self._structure: Tensor | None = None
+        self._held: list[Any] = []
+
+    @property
+    def rows(self) -> Tensor:
+        return self._on_device["rows"]
+
+    @property
+    def groups(self) -> Tensor:
+        return self._on_device["groups"]
+
+    def refresh(self, rows: Sequence[Any], row_table: Tensor, group_table: Tensor) -> None:
+        """Bring the tables on the device up to date; what has not changed is not sent.
+
+        Args:
+            rows: the plan's rows; ``row_table`` and ``group_table`` its tables on the host.
+        """
+        moved = self._send("rows", row_table)
+        if self._send("groups", group_table) or moved:
+            structure = self._structure_of(row_table, group_table)
+            if self._structure is None or not torch.equal(structure, self._structure):
+                self._structure = structure
+                self._make_room(len(rows))
+                self._plan_launches(rows, row_table, group_table)
+
+    def _send(self, name: str, table: Tensor) -> bool:
+        """Whether a table differs from what the device has; then it is sent, without waiting."""
+        known = self._host.get(name)
+        if known is not None and torch.equal(known.view(torch.int64), table.view(torch.int64)):
+            return False
+        self._host[name] = table.clone()
+        sent = launch.upload(table, self.device)
+        if known is None or known.shape != table.shape:
+            self._on_device[name] = sent
+        else:
+            self._on_device[name].copy_(sent)
+        return True
+
+    @staticmethod
+    def _structure_of(row_table: Tensor, group_table: Tensor) -> Tensor:
+        draws = group_table[:, GROUP_COLUMN["threshold"]] != _KEEP_ALL
+        decays = group_table[:, GROUP_COLUMN["freeze_non_child"]] == 0
+        return torch.cat([row_table[:, _STRUCTURE].flatten(), draws.long(), decays.long()])
+
+    def _make_room(self, count: int) -> None:
+        """The tables that the prologue of a step writes."""
+        width = int(step_scalars.WIDTH)
+        self.count = launch.upload(torch.tensor([count], device="cpu"), self.device)
+        self.draws = torch.zeros((count, 2), dtype=torch.int64, device=self.device)
+        self.scalars = {
+            dtype: torch.zeros((count, width), dtype=dtype, device=self.device)
+            for dtype in (torch.float32, torch.float64)
+        }
+
+    def _plan_launches(self, rows: Sequence[Any], row_table: Tensor, group_table: Tensor) -> None:
+        members: dict[Combination, list[int]] = {}
+        for index, numbers in enumerate(row_table.tolist()):
+            group = group_table[numbers[ROW_COLUMN["group"]]].tolist()
+            for combination in _combinations_of(numbers, group):
+                members.setdefault(combination, []).append(index)
+        self._held = []
+        self.launches = [
+            self._launch_of(combination, indexes, rows) for combination, indexes in members.items()
+        ]
+
+    def _launch_of(
+        self, combination: Combination, indexes: Sequence[int], rows: Sequence[Any]
+    ) -> Launch:
+        tile = cut_of(combination, self.generation).tile
+        if combination.layout in ("dense", "fixed", "outside"):
+            chunks = launch.chunk_map([rows[index].parameter.numel() for index in indexes], tile)
+            chunks[:, 0] = torch.tensor(indexes, dtype=torch.int32, device="cpu")[
+                chunks[:, 0].long()
+            ]
+            words = self._words_of(rows, indexes) if combination.layout == "outside" else None
+            return Launch(combination, launch.upload(chunks, self.device), words)
+        cuts = [
+            _word_chunks(index, rows[index], tile)
+            if combination.layout == "words"
+            else _segment_chunks(index, rows[index], tile)
+            for index in indexes
+        ]
+        return Launch(combination, torch.cat(cuts).to(torch.int32), None)
+
+    def _words_of(self, rows: Sequence[Any], indexes: Sequence[int]) -> Tensor:
+        """The addresses of mask words by row; words that no state has are made, and held."""
+        addresses = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
+        for index in indexes:
+            words = rows[index].mask_words
+            self._held.append(words)
+            addresses[index] = words.data_ptr()
+        return launch.upload(addresses, self.device)
+
+
+def _combinations_of(numbers: Sequence[int], group: Sequence[float]) -> list[Combination]:
+    """The launches that a row takes part in."""
+    weight = _DTYPES[numbers[ROW_COLUMN["weight_dtype"]]]
+    grad = _DTYPES[numbers[ROW_COLUMN["grad_dtype"]]]
+    if grad != weight and (grad != torch.float32 or weight == torch.float64):
+        grad = weight  # of a row that has never had a gradient
+    layout = _LAYOUTS[numbers[ROW_COLUMN["child_layout"]]]
+    if layout == "dense" and numbers[ROW_COLUMN["mask_words"]]:
+        layout = "fixed"
+    master = numbers[ROW_COLUMN["master_weight"]] != 0
+    bernoulli = group[GROUP_COLUMN["threshold"]] != _KEEP_ALL
+    combinations = [Combination(weight, grad, master, bernoulli, layout)]
+    frozen = group[GROUP_COLUMN["freeze_non_child"]]
+    if layout in ("words", "indices", "runs") and not frozen:
+        combinations.append(Combination(weight, weight, False, False, "outside"))
+    return combinations
+
+
+def _chunks(index: int, tiles: Tensor, first: Tensor, count: Tensor) -> Tensor:
+    return torch.stack([torch.full_like(tiles, index), tiles, first, count], 1)
+
+
+def _word_chunks(index: int, row: Any, tile: int) -> Tensor:
+    """The tiles of a tensor's units of 4096 elements that hold any child element."""
+    ranks = row.state["child_ranks"]
+    units = (ranks[1:] != ranks[:-1]).nonzero()
+    each = WORDS_UNIT // tile
+    tiles = (units * each + torch.arange(each, device=ranks.device)).flatten()
+    tiles = tiles[tiles * tile < row.parameter.numel()]
+    return _chunks(index, tiles, torch.zeros_like(tiles), torch.zeros_like(tiles))
+
+
+def _segment_chunks(index: int, row: Any, tile: int) -> Tensor:
+    """Tiles of ranks, with the first segment (a run, or a unit of indices) and the number of them in each."""
+    runs = row.state.get("child_runs")
+    ranks = (row.state["child_ranks"] if runs is None else runs[:, 1])[:-1].contiguous()
+    count = row.exp_avg.numel()
+    tiles = torch.arange(-(-count // tile), device=ranks.device)
+    first = torch.searchsorted(ranks, tiles * tile, right=True) - 1
+    last_rank = (tiles * tile + tile - 1).clamp(max=count - 1)
+    last = torch.searchsorted(ranks, last_rank, right=True) - 1
+    return _chunks(index, tiles, first, last - first + 1)
