@@ -15,7 +15,8 @@ def widened(value, TYPE: tl.constexpr):
         # By integers: the interpreter loses bf16's subnormals.
         bits = value.to(tl.uint16, bitcast=True).to(tl.uint32) << 16
         return bits.to(tl.float32, bitcast=True)
-    return value.to(TYPE)
+    else:
+        return value.to(TYPE)
 
 
 @triton.jit
@@ -26,7 +27,8 @@ def narrowed(value, TYPE: tl.constexpr):
         bits = value.to(tl.uint32, bitcast=True)
         bits = tl.where(value != value, 0x7FC00000, bits + 0x7FFF + ((bits >> 16) & 1))
         return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
-    return value.to(TYPE)
+    else:
+        return value.to(TYPE)
 
 
 @triton.jit
@@ -40,14 +42,16 @@ def current_weight(stored, master, TYPE: tl.constexpr):
 def _quotient(x, y):
     if x.dtype == tl.float64:
         return x / y
-    return tl.div_rn(x, y)
+    else:
+        return tl.div_rn(x, y)
 
 
 @triton.jit
 def _square_root(x):
     if x.dtype == tl.float64:
         return tl.sqrt(x)
-    return tl.sqrt_rn(x)
+    else:
+        return tl.sqrt_rn(x)
 
 
 @triton.jit

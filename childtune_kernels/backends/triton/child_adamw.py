@@ -54,7 +54,7 @@ def _constants(combination: Combination, generation: str) -> dict[str, Any]:
         "TILE": cut.tile,
     }
     if layout == "words":
-        return constants
+        return constants | {"LANES": cut.lanes, "FULL": cut.full}
     if layout in ("dense", "fixed"):
         return constants | {"FIXED": layout == "fixed", "LANES": cut.lanes}
     return constants | {"RUNS": layout == "runs", "LANES": cut.lanes}

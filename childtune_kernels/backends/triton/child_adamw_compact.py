@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from ...plan_row import INDICES_UNIT, WORDS_UNIT
+from ...plan_row import INDICES_UNIT
 from . import plan_columns as plan
 from . import step_scalars
 from .adamw_math import decayed, narrowed, step_of, widened
@@ -18,7 +18,6 @@ from .child_adamw_dense import child_bits, full_tile, misaligned
 from .philox import keep_bits, mapped_index
 
 UNIT_OF_INDICES = tl.constexpr(INDICES_UNIT)
-UNIT_OF_WORDS = tl.constexpr(WORDS_UNIT)
 
 
 @triton.jit
@@ -48,10 +47,11 @@ def _local_of_ranks(rank, row, first, count, RUNS: tl.constexpr):
         runs = plan.address(row, plan.CHILD_PLACES, tl.int64)
         segment, before = _segment_of(rank, runs + 1, first, count, 2)
         return tl.load(runs + 2 * segment) + (rank - before)
-    ranks = plan.address(row, plan.CHILD_RANKS, tl.int64)
-    segment, _ = _segment_of(rank, ranks, first, count, 1)
-    within = tl.load(plan.address(row, plan.CHILD_PLACES, tl.int16) + rank)
-    return segment * UNIT_OF_INDICES + (within.to(tl.int64) & (UNIT_OF_INDICES - 1))
+    else:
+        ranks = plan.address(row, plan.CHILD_RANKS, tl.int64)
+        segment, _ = _segment_of(rank, ranks, first, count, 1)
+        within = tl.load(plan.address(row, plan.CHILD_PLACES, tl.int16) + rank)
+        return segment * UNIT_OF_INDICES + (within.to(tl.int64) & (UNIT_OF_INDICES - 1))
 
 
 @triton.jit
@@ -156,51 +156,54 @@ def child_adamw_segments_kernel(
 def child_adamw_words_kernel(
     rows, chunks, all_draws, all_scalars,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
-    BERNOULLI: tl.constexpr, TILE: tl.constexpr,
+    BERNOULLI: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
-    """Layout words: a tile of the tensor; ranks are the set bits before, counted from the unit's first on."""
+    """Layout words: a unit of TILE elements, whose first rank is known; the others are counted on."""
     chunk = chunks + 4 * tl.program_id(0).to(tl.int64)
     index = tl.load(chunk).to(tl.int64)
-    start = tl.load(chunk + 1).to(tl.int64) * TILE
+    unit = tl.load(chunk + 1).to(tl.int64)
     row = rows + index * plan.ROW
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
     MOMENT: tl.constexpr = all_scalars.dtype.element_ty
-    WORDS: tl.constexpr = TILE // 32
     if tl.load(row + plan.ACTIVE) != 0:
-        numel = tl.load(row + plan.NUMEL)
+        start = unit * TILE
+        left = tl.minimum(tl.load(row + plan.NUMEL) - start, TILE).to(tl.int32)
         weight = plan.address(row, plan.WEIGHT, WEIGHT)
         grad = plan.address(row, plan.GRAD, GRAD)
         exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
         exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
         master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
-        words = plan.address(row, plan.MASK_WORDS, tl.uint32)
-        ranks = plan.address(row, plan.CHILD_RANKS, tl.int64)
-        unit = start // UNIT_OF_WORDS
-        before = unit * (UNIT_OF_WORDS // 32) + tl.arange(0, UNIT_OF_WORDS // 32)
-        earlier = tl.load(words + before, before < start // 32, 0)
-        rank0 = tl.load(ranks + unit) + tl.sum(set_bits(earlier), 0)
-        at = start // 32 + tl.arange(0, WORDS)
-        word = tl.load(words + at, at * 32 < numel, 0)
-        counts = set_bits(word)
-        whole = tl.sum(counts, 0) == TILE
-        if whole & _neighbours(start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row):
-            full_tile(
-                weight + start, grad + start, exp_avg + rank0, exp_avg_sq + rank0, master + rank0,
-                row, start, tl.load(row + plan.ELEMENT_MAP) + start,
-                tl.load(row + plan.PHILOX_KEY), draws, scalars, MASTER, BERNOULLI, False, TILE,
-            )  # fmt: skip
+        words = plan.address(row, plan.MASK_WORDS, tl.uint32) + start // 32
+        ranks = plan.address(row, plan.CHILD_RANKS, tl.int64) + unit
+        rank0 = tl.load(ranks)
+        whole = (tl.load(ranks + 1) - rank0 == TILE) & _neighbours(
+            start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row
+        )
+        if whole:
+            key, first = tl.load(row + plan.PHILOX_KEY), tl.load(row + plan.ELEMENT_MAP) + start
+            for at in range(0, TILE, FULL):
+                full_tile(
+                    weight + start + at, grad + start + at, exp_avg + rank0 + at,
+                    exp_avg_sq + rank0 + at, master + rank0 + at, row, start, first + at, key,
+                    draws, scalars, MASTER, BERNOULLI, False, FULL,
+                )  # fmt: skip
         else:
-            before_word = rank0 + (tl.cumsum(counts, 0) - counts)
             bit = tl.arange(0, 32)[None, :]
-            below = ((tl.full((1, 32), 1, tl.uint32) << bit) - 1).to(tl.uint32)
-            rank = before_word[:, None] + set_bits(word[:, None] & below)
-            local = at[:, None] * 32 + bit
-            exists = ((word[:, None] >> bit) & 1) != 0
-            _step_of_lanes(
-                local, rank, exists, weight, grad, exp_avg, exp_avg_sq, master, row, draws, scalars,
-                MASTER, BERNOULLI,
-            )  # fmt: skip
+            below = (tl.full((1, 32), 1, tl.uint32) << bit) - 1
+            for at in range(0, left, LANES):
+                place = at // 32 + tl.arange(0, LANES // 32)
+                word = tl.load(words + place, place * 32 < left, 0)
+                counts = set_bits(word)
+                before_word = tl.cumsum(counts, 0) - counts
+                rank = before_word[:, None] + set_bits(word[:, None] & below)
+                exists = ((word[:, None] >> bit) & 1) != 0
+                local = start + (place[:, None] * 32 + bit)
+                _step_of_lanes(
+                    local, rank, exists, weight, grad, exp_avg + rank0, exp_avg_sq + rank0,
+                    master + rank0, row, draws, scalars, MASTER, BERNOULLI,
+                )  # fmt: skip
+                rank0 += tl.sum(counts, 0)
 
 
 @triton.jit

@@ -44,9 +44,14 @@ class Combination(NamedTuple):
 
 
 class Cut(NamedTuple):
-    """How the kernel of a combination is cut up: elements a program, elements at a time, warps."""
+    """How the kernel of a combination is cut up.
+
+    ``tile``: elements a program; ``full``: elements that a branch of 128-bit accesses takes at a time;
+    ``lanes``: those of any other branch.
+    """
 
     tile: int
+    full: int
     lanes: int
     num_warps: int
 
@@ -58,17 +63,16 @@ def cut_of(combination: Combination, generation: str) -> Cut:
     """
     op = "child_adamw" if combination.layout in ("dense", "fixed") else "child_adamw_compact"
     tile, num_warps = launch.config(op, generation)
+    words = combination.layout == "words"
     if generation == "interpreter":
-        return Cut(tile, tile, num_warps)
+        return Cut(WORDS_UNIT if words else tile, WORDS_UNIT, tile, num_warps)
     threads = num_warps * launch.warp_size(generation)
-    wide = combination.bernoulli or combination.moment == torch.float64
-    scattered = threads if wide else 2 * threads
-    tile = tile // 2 if combination.moment == torch.float64 else tile
-    if combination.layout == "words":
-        return Cut(scattered, scattered, num_warps)
-    if combination.layout == "indices":
-        return Cut(tile, scattered, num_warps)
-    return Cut(tile, threads, num_warps)
+    double = combination.moment == torch.float64
+    full = tile // 2 if double else tile
+    scattered = threads if combination.bernoulli or double else 2 * threads
+    if words:
+        return Cut(WORDS_UNIT, full, scattered, num_warps)
+    return Cut(full, full, scattered if combination.layout == "indices" else threads, num_warps)
 
 
 class Launch(NamedTuple):
@@ -169,7 +173,7 @@ class DevicePlan:
             words = self._words_of(rows, indexes) if combination.layout == "outside" else None
             return Launch(combination, launch.upload(chunks, self.device), words)
         cuts = [
-            _word_chunks(index, rows[index], tile)
+            _word_chunks(index, rows[index])
             if combination.layout == "words"
             else _segment_chunks(index, rows[index], tile)
             for index in indexes
@@ -208,14 +212,11 @@ def _chunks(index: int, tiles: Tensor, first: Tensor, count: Tensor) -> Tensor:
     return torch.stack([torch.full_like(tiles, index), tiles, first, count], 1)
 
 
-def _word_chunks(index: int, row: Any, tile: int) -> Tensor:
-    """The tiles of a tensor's units of 4096 elements that hold any child element."""
+def _word_chunks(index: int, row: Any) -> Tensor:
+    """A tensor's units of words that hold any child element."""
     ranks = row.state["child_ranks"]
-    units = (ranks[1:] != ranks[:-1]).nonzero()
-    each = WORDS_UNIT // tile
-    tiles = (units * each + torch.arange(each, device=ranks.device)).flatten()
-    tiles = tiles[tiles * tile < row.parameter.numel()]
-    return _chunks(index, tiles, torch.zeros_like(tiles), torch.zeros_like(tiles))
+    units = (ranks[1:] != ranks[:-1]).nonzero().view(-1)
+    return _chunks(index, units, torch.zeros_like(units), torch.zeros_like(units))
 
 
 def _segment_chunks(index: int, row: Any, tile: int) -> Tensor:
