@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -25,10 +27,7 @@ from typing import Any, NamedTuple, Protocol
 from . import assembly, gpu_limits, rounding
 from .moved_bytes import TensorBytes, largest_unmasked
 
-KERNEL_MODULES = tuple(
-    f"childtune_kernels.backends.triton.{name}"
-    for name in ("child_adamw", "fisher_accumulate", "topk_select", "bitmask", "keep_words")
-)
+KERNELS = "childtune_kernels.backends.triton"
 WORKERS = 2
 
 
@@ -279,6 +278,15 @@ def _variants(module: str, target: str) -> dict[str, Variant]:
     return {v.name: v for v in importlib.import_module(module).variants(target)}
 
 
+def kernel_modules() -> list[str]:
+    """The modules of the Triton column that declare variants."""
+    if importlib.util.find_spec(KERNELS) is None:
+        return []
+    column = importlib.import_module(KERNELS)
+    names = [f"{KERNELS}.{module.name}" for module in pkgutil.iter_modules(column.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(name), "variants")]
+
+
 def tasks(modules: Iterable[str], targets: Iterable[str]) -> list[Task]:
     """Every variant of the modules on every target."""
     return [Task(m, name, t) for t in targets for m in modules for name in _variants(m, t)]
@@ -312,11 +320,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command: compile, print the table, name the faults; 1 where there are any."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__)
     parser.add_argument("--targets", nargs="+", default=list(gpu_limits.GENERATIONS))
-    parser.add_argument("--modules", nargs="+", default=list(KERNEL_MODULES))
+    parser.add_argument("--modules", nargs="+", default=kernel_modules())
     parser.add_argument("--only", default="", help="variants whose name contains this")
     parser.add_argument("--workers", type=int, default=WORKERS)
     chosen = parser.parse_args(arguments)
     todo = [t for t in tasks(chosen.modules, chosen.targets) if chosen.only in t.variant]
+    if not todo:
+        parser.error(f"no variant whose name contains {chosen.only!r} in modules {chosen.modules}")
     results = read_all(todo, chosen.workers)
     codes = [found for found in results.values() if isinstance(found, MachineCode)]
     print(table(codes))
