@@ -101,7 +101,9 @@ def test_the_table_names_a_limit_for_every_gpu(codes: dict[Task, MachineCode | s
     assert "H200: memory, 171 G/s" in text
 
 
-def test_flushed_subnormals_and_open_rounding_are_faults() -> None:
+def test_every_way_of_rounding_otherwise_is_a_fault() -> None:
+    (fused,) = rounding.faults_in_ptx("\t@%p1 fma.rn.f32x2 %rd1, %rd2, %rd3, %rd4;\n")
+    assert fused == "1 fma.rn.f32x2: contracted"
     ptx = "\tadd.rn.ftz.f32 %f1, %f2, %f3;\n\tmul.f64 %d1, %d2, %d3;\n\tmul.lo.s32 %r1, %r2, %r3;\n"
     assert list(rounding.faults_in_ptx(ptx)) == [
         "1 add.rn.ftz.f32: flushes subnormals",
