@@ -145,16 +145,17 @@ def test_a_path_steps_around_calls_and_follows_the_widest_stores() -> None:
         /*0050*/                   CALL.REL.NOINC `($slow) ;
 .L_x_1:
         /*0060*/                   STG.E.128 desc[UR4][R0.64], R4 ;
-        /*0070*/                   STG.E.128 desc[UR4][R8.64], R4 ;
+        /*0070*/                   MOV R0, UR8 ;
+        /*0078*/                   STG.E.128 desc[UR4][R0.64], R4 ;
         /*0080*/                   EXIT ;
 $slow:
         /*0090*/                   RET.REL.NODEC R2 `(toy) ;
 """
     path = assembly.full_chunk_path(assembly.read_sass(text, "toy"))
     assert [item.opcode for item in path.instructions] == [
-        *("S2R", "BRA", "BRA", "STG.E.128", "STG.E.128", "EXIT")
+        *("S2R", "BRA", "BRA", "STG.E.128", "MOV", "STG.E.128", "EXIT")
     ]
-    assert path.accesses == (assembly.Access(True, 128, False),), "R8 is the same in every lane"
+    assert path.accesses == (assembly.Access(True, 128, False),), "R0 is then overwritten"
     assert path.slow_paths == ("$slow",)
     inevitable = text.replace("@P1 BRA `(.L_x_1)", "NOP")
     assert assembly.calls_on(assembly.full_chunk_path(assembly.read_sass(inevitable, "toy")))
