@@ -1,0 +1,333 @@
+"""Reading machine code (SASS and amdgcn): blocks, the path a full chunk takes, and what it moves."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cache
+from typing import NamedTuple
+
+_SASS_LINE = re.compile(
+    r"/\*[0-9a-f]{4,}\*/\s+(?P<predicate>@!?U?P\w+)?\s*(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>.*?)\s*;"
+)
+_SASS_LABEL = re.compile(r"^(?P<label>[.$\w]+):")
+_SASS_TARGET = re.compile(r"`\((?P<label>[^)]+)\)")
+_SASS_REGISTER = re.compile(r"\b(?P<file>U?R)(?P<number>\d+)\b(?P<wide>\.64)?")
+_AMD_LINE = re.compile(r"^\s+(?P<opcode>[a-z]+_\w+)\s*(?P<operands>[^;]*?)\s*(?:;.*)?$")
+_AMD_REGISTER = re.compile(r"\b(?P<file>[vsa])(?:(?P<number>\d+)|\[(?P<first>\d+):(?P<last>\d+)\])")
+_AMD_BITS = {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "dword": 32, "short": 16, "byte": 8}
+# A write of these is the same in every lane, whatever was read.
+_UNIFORM_RESULT = {"v_readfirstlane_b32", "R2UR"}
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One instruction: its full opcode, whether a predicate guards it, and its operands as written."""
+
+    opcode: str
+    operands: tuple[str, ...] = ()
+    guarded: bool = False
+
+    @property
+    def root(self) -> str:
+        """The opcode without its modifiers: ``LDG`` of ``LDG.E.128``."""
+        return self.opcode.partition(".")[0]
+
+
+@dataclass
+class Block:
+    """Instructions without a branch between them, and the blocks that may follow."""
+
+    label: str
+    instructions: list[Instruction] = field(default_factory=list)
+    followers: list[str] = field(default_factory=list)
+    called: str | None = None
+    leaves: bool = False
+
+
+class Access(NamedTuple):
+    """One access to global memory whose address differs from lane to lane."""
+
+    store: bool
+    bits: int
+    guarded: bool
+
+
+@dataclass(frozen=True)
+class Path:
+    """What a full chunk executes, in order; the subroutines stepped over; whether a loop is on the way."""
+
+    instructions: tuple[Instruction, ...]
+    accesses: tuple[Access, ...]
+    slow_paths: tuple[str, ...]
+    loops: bool
+
+
+def read_sass(text: str, kernel: str) -> list[Block]:
+    """Blocks of a kernel in ``nvdisasm -c``'s output, the entry first; called subroutines stand at the end.
+
+    Raises:
+        ValueError: the kernel is not there, or a jump has no target that can be read.
+    """
+    section = re.search(rf"(?m)^\.text\.{re.escape(kernel)}:\n(.*?)(?=^//-----|\Z)", text, re.S)
+    if section is None:
+        raise ValueError(f"no machine code of kernel {kernel!r} among the sections")
+    blocks = [Block("entry")]
+    for line in section[1].splitlines():
+        if label := _SASS_LABEL.match(line):
+            _open(blocks, label["label"])
+        elif found := _SASS_LINE.search(line):
+            operands = tuple(part.strip() for part in found["operands"].split(","))
+            guarded = found["predicate"] not in (None, "@PT", "@UPT")
+            _append_sass(blocks, Instruction(found["opcode"], operands, guarded))
+    return blocks
+
+
+def _append_sass(blocks: list[Block], instruction: Instruction) -> None:
+    block = blocks[-1]
+    block.instructions.append(instruction)
+    target = _SASS_TARGET.search(", ".join(instruction.operands))
+    if instruction.root in ("BRX", "JMX", "JMP"):
+        raise ValueError(f"cannot follow {instruction.opcode} {instruction.operands}")
+    if instruction.root == "BRA" and target is not None:
+        conditional = instruction.guarded or len(instruction.operands) > 1
+        _close(blocks, [target["label"]], falls_through=conditional)
+    elif instruction.root == "EXIT":
+        block.leaves = True
+        _close(blocks, [], falls_through=instruction.guarded)
+    elif instruction.root == "RET":
+        _close(blocks, [], falls_through=instruction.guarded)
+    elif instruction.root == "CALL":
+        block.called = target["label"] if target else "?"
+        _close(blocks, [], falls_through=True)
+
+
+def read_amdgcn(text: str, kernel: str) -> list[Block]:
+    """Blocks of a kernel in AMD assembly, the entry first.
+
+    Raises:
+        ValueError: the kernel is not there, or a jump has no target that can be read.
+    """
+    body = re.search(
+        rf"(?m)^{re.escape(kernel)}:.*?\n(.*?)^\s*s_endpgm\n(.*?)^\s*\.section", text, re.S
+    )
+    if body is None:
+        raise ValueError(f"no machine code of kernel {kernel!r} in the assembly")
+    blocks = [Block("entry")]
+    for line in (body[1] + "\ts_endpgm\n" + body[2]).splitlines():
+        if label := re.match(r"^(\.LBB\w+):", line):
+            _open(blocks, label[1])
+        elif (found := _AMD_LINE.match(line)) and not line.lstrip().startswith("."):
+            if found["opcode"] == "s_code_end":
+                break
+            _append_amd(blocks, _amd_instruction(found["opcode"], found["operands"]))
+    return blocks
+
+
+def _amd_instruction(opcode: str, operands: str) -> Instruction:
+    return Instruction(opcode, tuple(re.split(r",\s*", operands)) if operands else ())
+
+
+def _append_amd(blocks: list[Block], instruction: Instruction) -> None:
+    block = blocks[-1]
+    block.instructions.append(instruction)
+    if instruction.opcode.startswith("s_cbranch"):
+        _close(blocks, [instruction.operands[0]], falls_through=True)
+    elif instruction.opcode == "s_branch":
+        _close(blocks, [instruction.operands[0]], falls_through=False)
+    elif instruction.opcode == "s_endpgm":
+        block.leaves = True
+        _close(blocks, [], falls_through=False)
+    elif instruction.opcode in ("s_setpc_b64", "s_swappc_b64"):
+        raise ValueError(f"cannot follow {instruction.opcode} {instruction.operands}")
+
+
+def _open(blocks: list[Block], label: str) -> None:
+    blocks[-1].followers.append(label)
+    blocks.append(Block(label))
+
+
+def _close(blocks: list[Block], targets: list[str], *, falls_through: bool) -> None:
+    following = f"after {len(blocks)}"
+    blocks[-1].followers = [*targets, following] if falls_through else targets
+    # What stands behind a jump without a label is reached by nobody but a fall-through.
+    blocks.append(Block(following))
+
+
+def full_chunk_path(blocks: list[Block]) -> Path:
+    """The way from the entry to the exit that a full chunk takes.
+
+    It is the one that stores most in accesses of 64 bits and more, of those the one that stores least in
+    narrower ones (AMD's blocks for full and partial chunks stand one behind the other, each with a jump over
+    it), and of those the longest. Where nothing is stored in wide accesses it is the longest of all. Calls of
+    subroutines (the slow paths of a division or a square root) are stepped around where that stores as much.
+    Of a loop one turn counts, and it is said that there is one. So the number of instructions is an upper
+    bound for a full chunk of a kernel without loops, whichever options its rows choose.
+
+    Raises:
+        ValueError: no way leads from the entry to the exit.
+    """
+    named = {block.label: block for block in blocks}
+    calls = {block.label for block in blocks if block.called}
+    around, through = (_best_way(named, blocks[0].label, barred) for barred in (calls, set[str]()))
+    if through is None:
+        raise ValueError("no way leads from the kernel's entry to its exit")
+    way, loops, _ = around if around and around[2] == through[2] else through
+    instructions = tuple(item for label in way for item in named[label].instructions)
+    called = sorted({block.called for block in blocks if block.called})
+    accesses = tuple(_lane_accesses(instructions))
+    return Path(_without_padding(instructions), accesses, tuple(called), loops)
+
+
+def calls_on(path: Path) -> list[str]:
+    """The subroutine calls that no way around avoids."""
+    return [item.opcode for item in path.instructions if item.root == "CALL"]
+
+
+def _best_way(
+    named: dict[str, Block], entry: str, barred: set[str]
+) -> tuple[tuple[str, ...], bool, int] | None:
+    """The way, whether it is on a loop, and the bits that it stores in wide accesses."""
+    order, backward = _depth_first(named, entry, barred)
+    stored = {label: _stored_bits(block) for label, block in named.items()}
+    any_wide = any(wide for wide, _ in stored.values())
+    best: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {}
+    for label in order:  # followers come before the blocks that lead to them
+        block = named[label]
+        wide, narrow = stored[label]
+        ends: list[tuple[tuple[int, int, int], tuple[str, ...]]] = []
+        ends += [((0, 0, 0), ())] if block.leaves else []
+        ends += [
+            best[follower]
+            for follower in block.followers
+            if follower in best and (label, follower) not in backward
+        ]
+        if ends:
+            (w, n, length), way = max(ends, key=lambda end: end[0])
+            value = (wide + w, n - narrow * any_wide, length + len(block.instructions))
+            best[label] = (value, (label, *way))
+    if entry not in best:
+        return None
+    (wide, _, _), way = best[entry]
+    return way, any(start in way and end in way for start, end in backward), wide
+
+
+def _depth_first(
+    named: dict[str, Block], entry: str, barred: set[str]
+) -> tuple[list[str], set[tuple[str, str]]]:
+    order: list[str] = []
+    backward: set[tuple[str, str]] = set()
+    open_, done = {entry}, set()
+    stack: list[tuple[str, Iterator[str]]] = [(entry, iter(named[entry].followers))]
+    while stack:
+        label, followers = stack[-1]
+        for follower in followers:
+            if follower in open_:
+                backward.add((label, follower))
+            elif follower in named and follower not in done and follower not in barred:
+                open_.add(follower)
+                stack.append((follower, iter(named[follower].followers)))
+                break
+        else:
+            stack.pop()
+            open_.remove(label)
+            done.add(label)
+            order.append(label)
+    return order, backward
+
+
+def _stored_bits(block: Block) -> tuple[int, int]:
+    """Bits stored without a guard, in accesses of 64 bits and more, and in narrower ones."""
+    accesses = [_access(item) for item in block.instructions if not item.guarded]
+    bits = [found.bits for found in accesses if found and found.store]
+    return sum(b for b in bits if b >= 64), sum(b for b in bits if b < 64)
+
+
+def _without_padding(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
+    return tuple(item for item in instructions if item.root not in ("NOP", "s_nop", "s_waitcnt"))
+
+
+def _lane_accesses(instructions: tuple[Instruction, ...]) -> Iterator[Access]:
+    """Accesses at addresses that depend on the lane: the thread's index is followed through registers."""
+    varying: set[str] = set()
+    for item in instructions:
+        found = _access(item)
+        if found is not None and varying & set(_address(item)):
+            yield found
+        written, read = _registers(item)
+        depends = item.root not in _UNIFORM_RESULT and bool(varying & set(read))
+        if depends or "SR_TID.X" in item.operands or "SR_LANEID" in item.operands:
+            varying |= set(written)
+        elif not item.guarded:
+            varying -= set(written)
+        if item is instructions[0] and _is_amd(item):
+            varying.add("v0")  # holds the work-item's index at entry
+
+
+def _is_amd(instruction: Instruction) -> bool:
+    return instruction.opcode[0].islower()
+
+
+@cache
+def _access(instruction: Instruction) -> Access | None:
+    """The access to global memory that an instruction is, if it is one."""
+    if _is_amd(instruction):
+        found = re.match(
+            r"(?:global|buffer|flat)_(load|store)_\w*?(dwordx\d|dword|short|byte)",
+            instruction.opcode,
+        )
+        return Access(found[1] == "store", _AMD_BITS[found[2]], False) if found else None
+    if instruction.root not in ("LDG", "STG", "LD", "ST"):
+        return None
+    width = re.search(r"\.[US]?(8|16|64|128|256)\b", instruction.opcode)
+    return Access(
+        instruction.root.startswith("ST"), int(width[1]) if width else 32, instruction.guarded
+    )
+
+
+def _address(instruction: Instruction) -> list[str]:
+    """The registers that an access takes its address from."""
+    if _is_amd(instruction):
+        second = "buffer" in instruction.opcode or "load" in instruction.opcode
+        return _names(instruction.operands[1 if second else 0], _AMD_REGISTER)
+    brackets = re.findall(r"\[([^\]]*)\]", ", ".join(instruction.operands))
+    return _names(brackets[-1], _SASS_REGISTER) if brackets else []
+
+
+def _registers(instruction: Instruction) -> tuple[list[str], list[str]]:
+    """Registers written and read; predicates are left out."""
+    pattern = _AMD_REGISTER if _is_amd(instruction) else _SASS_REGISTER
+    access = _access(instruction)
+    if not instruction.operands or (access and access.store):
+        return [], []
+    first, *rest = instruction.operands
+    written = _names(first, pattern)
+    if written and not _is_amd(instruction):
+        count = (
+            access.bits // 32
+            if access
+            else 2
+            if re.search(r"\.(WIDE|64)\b", instruction.opcode)
+            else 1
+        )
+        file, number = re.fullmatch(r"(U?R)(\d+)", written[0]).groups()  # type: ignore[union-attr]
+        written = [f"{file}{int(number) + more}" for more in range(max(count, 1))]
+    return written, _names(", ".join(rest), pattern)
+
+
+def _names(text: str, pattern: re.Pattern[str]) -> list[str]:
+    names: list[str] = []
+    for found in pattern.finditer(text):
+        groups = found.groupdict()
+        first = int(groups["number"] or groups["first"])
+        last = int(groups.get("last") or first + bool(groups.get("wide")))
+        names += [f"{found['file']}{number}" for number in range(first, last + 1)]
+    return names
+
+
+def is_exchange(opcode: str) -> bool:
+    """Whether an opcode moves values between lanes: shared memory, shuffles, barriers, reductions."""
+    if opcode[0].islower():
+        return bool(re.match(r"ds_|v_permlane|s_barrier|v_\w+_dpp", opcode))
+    return bool(re.match(r"(SHFL|LDS|STS|LDSM|STSM|BAR|REDUX|VOTE|MATCH|ATOMS)\b", opcode))

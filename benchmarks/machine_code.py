@@ -1,0 +1,341 @@
+"""Compiling Triton kernels for GPUs that are not there, and what their machine code says.
+
+    python -m benchmarks.machine_code [--targets sm_90 gfx942] [--only child_adamw]
+
+compiles every variant of every kernel module and prints a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import cache
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+from . import assembly, gpu_limits, rounding
+from .moved_bytes import TensorBytes, largest_unmasked
+
+KERNELS = "childtune_kernels.backends.triton"
+WORKERS = 2
+
+
+class Variant(Protocol):
+    """One compiled form of a kernel, as ``childtune_kernels.backends.triton.launch`` declares it."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def kernel(self) -> Any: ...
+    @property
+    def signature(self) -> dict[str, str]: ...
+    @property
+    def constants(self) -> dict[str, Any]: ...
+    @property
+    def num_warps(self) -> int: ...
+    @property
+    def elementwise(self) -> bool: ...
+    @property
+    def tile(self) -> int: ...
+
+
+class Task(NamedTuple):
+    """What a worker compiles: a variant by its name, since kernels do not travel between processes."""
+
+    module: str
+    variant: str
+    target: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+class MachineCode(NamedTuple):
+    """What one variant became on one target; counts are of a full chunk's path where nothing else is said."""
+
+    task: Task
+    elementwise: bool
+    elements_per_thread: float
+    threads: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    exchanges: tuple[
+        str, ...
+    ]  # opcodes of shared memory, shuffles and barriers, anywhere in the kernel
+    occupancy: float
+    instructions: int
+    pipes: dict[str, int]
+    accesses: tuple[assembly.Access, ...]
+    asked: TensorBytes  # what the source moves in unmasked accesses
+    slow_paths: tuple[str, ...]
+    loops: bool
+    unavoidable_calls: tuple[str, ...]
+    rounding_faults: tuple[str, ...]
+    compile_seconds: float
+    read_seconds: float
+
+    @property
+    def per_element(self) -> float:
+        """Instructions an element."""
+        return self.instructions / self.elements_per_thread
+
+    @property
+    def bytes_per_element(self) -> float:
+        """Bytes that a full chunk moves an element, at addresses that differ from lane to lane."""
+        return sum(access.bits for access in self.accesses) / 8 / self.elements_per_thread
+
+
+def compile_for(variant: Variant, target: str, **options: Any) -> Any:
+    """Triton's compiled kernel for a target, e.g. ``sm_90``, as a launch there would compile it.
+
+    Every pointer argument counts as divisible by 16, as a launch finds torch's own allocations.
+    """
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    if target.startswith("sm_"):
+        gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
+    else:
+        gpu = GPUTarget("hip", target, 64)
+    aligned: dict[tuple[int, ...], list[list[Any]]] = {
+        (place,): [["tt.divisibility", 16]]
+        for place, kind in enumerate(variant.signature.values())
+        if kind.startswith("*")
+    }
+    source = ASTSource(variant.kernel, variant.signature, variant.constants, aligned)
+    chosen = {"num_warps": variant.num_warps, "enable_fp_fusion": False, **options}
+    return triton.compile(source, target=gpu, options=chosen)
+
+
+def read(variant: Variant, task: Task) -> MachineCode:
+    """Compile a variant for a task's target and read what came out.
+
+    Raises:
+        ValueError: the machine code cannot be followed.
+    """
+    start = time.perf_counter()
+    compiled = compile_for(variant, task.target, **dict(task.options))
+    compiled_at = time.perf_counter()
+    generation = gpu_limits.GENERATIONS[task.target]
+    name = compiled.metadata.name
+    if generation.cuda:
+        blocks = assembly.read_sass(_disassembled(compiled.asm["cubin"]), name)
+        resources = _cuda_resources(compiled.asm["cubin"], name)
+        faults = rounding.faults_in_ptx(compiled.asm["ptx"])
+    else:
+        blocks = assembly.read_amdgcn(compiled.asm["amdgcn"], name)
+        resources = _amd_resources(compiled.asm["amdgcn"])
+        faults = rounding.faults_in_amdgcn(compiled.asm["amdgcn"], fmas_of_expansions(task.target))
+    path = assembly.full_chunk_path(blocks)
+    threads = variant.num_warps * generation.lanes
+    opcodes = {item.opcode for block in blocks for item in block.instructions}
+    return MachineCode(
+        task=task,
+        elementwise=variant.elementwise,
+        elements_per_thread=variant.tile / threads,
+        threads=threads,
+        registers=resources["registers"],
+        local_bytes=resources["local"],
+        shared_bytes=compiled.metadata.shared,
+        exchanges=tuple(sorted(filter(assembly.is_exchange, opcodes))),
+        occupancy=generation.occupancy(resources["registers"], threads, compiled.metadata.shared),
+        instructions=generation.counted(path.instructions),
+        pipes=generation.pipes_of(path.instructions),
+        accesses=path.accesses,
+        asked=largest_unmasked(compiled.asm["ttir"], threads),
+        slow_paths=path.slow_paths,
+        loops=path.loops,
+        unavoidable_calls=tuple(assembly.calls_on(path)),
+        rounding_faults=tuple(faults),
+        compile_seconds=compiled_at - start,
+        read_seconds=time.perf_counter() - compiled_at,
+    )
+
+
+def faults_of(code: MachineCode, most_per_element: float | None = None) -> list[str]:
+    """What is wrong with a variant's machine code, a sentence each.
+
+    Args:
+        code: what :func:`read` found.
+        most_per_element: the bound on instructions an element; none where it is left out.
+    """
+    faults = list(code.rounding_faults)
+    if code.local_bytes:
+        faults.append(f"{code.local_bytes} bytes of local memory a thread: registers are spilled")
+    if code.occupancy < 0.5:
+        faults.append(
+            f"{code.registers} registers allow {code.occupancy:.0%} occupancy, below 50 %"
+        )
+    if code.elementwise:
+        faults += _elementwise_faults(code)
+    if most_per_element is not None and code.per_element > most_per_element:
+        faults.append(f"{code.per_element:.1f} instructions an element, above {most_per_element}")
+    return faults
+
+
+def _elementwise_faults(code: MachineCode) -> Iterator[str]:
+    if code.shared_bytes or code.exchanges:
+        yield f"{code.shared_bytes} bytes of shared memory, {', '.join(code.exchanges)} between lanes"
+    if code.loops:
+        yield "a loop on the path of a full chunk: its instructions cannot be counted"
+    if code.unavoidable_calls:
+        yield "a subroutine call that no way around avoids"
+    for store in (False, True):
+        yield from _narrow_accesses(code, store)
+
+
+def _narrow_accesses(code: MachineCode, store: bool) -> Iterator[str]:
+    """Floating-point tensors must move in 128 bits, those of 16-bit types in 64 or more."""
+    what = "stores" if store else "loads"
+    found = [a for a in code.accesses if a.store == store and not a.guarded]
+    full, half = (code.asked.stored if store else code.asked.loaded)[:2]
+    if not full + half:
+        yield f"no unmasked {what} of floating-point tensors: there is no branch for full chunks"
+        return
+    widest = sum(a.bits for a in found if a.bits >= 128) // 8
+    wide = sum(a.bits for a in found if a.bits >= 64) // 8
+    if widest < full:
+        yield f"128-bit {what} move {widest} bytes a thread, of {full} of 32- and 64-bit tensors"
+    if wide < full + half:
+        yield f"{what} of 64 bits and more move {wide} bytes a thread, of {full + half}"
+
+
+def _tool(name: str) -> str:
+    import triton
+
+    return str(Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name)
+
+
+def _run_on(cubin: bytes, tool: str, *options: str) -> str:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [_tool(tool), *options, file.name]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def _disassembled(cubin: bytes) -> str:
+    # Without the data-flow analysis (-ndf) it takes a third less time and writes the same text.
+    return _run_on(cubin, "nvdisasm", "-c", "-ndf")
+
+
+def _cuda_resources(cubin: bytes, kernel: str) -> dict[str, int]:
+    usage = _run_on(cubin, "cuobjdump", "-res-usage")
+    found = re.search(
+        rf"Function {re.escape(kernel)}:\s*REG:(\d+) STACK:(\d+) .*?LOCAL:(\d+)", usage
+    )
+    if found is None:
+        raise ValueError(f"cuobjdump names no resources of {kernel!r}:\n{usage}")
+    return {"registers": int(found[1]), "local": int(found[2]) + int(found[3])}
+
+
+def _amd_resources(text: str) -> dict[str, int]:
+    numbers = {key: int(value) for key, value in re.findall(r"\.(\w+):\s+(\d+)\s*$", text, re.M)}
+    # vgpr_count holds vector and accumulation registers together.
+    return {"registers": numbers["vgpr_count"], "local": numbers["private_segment_fixed_size"]}
+
+
+@cache
+def fmas_of_expansions(target: str) -> rounding.Expansions:
+    """How many fused multiply-adds one division and one square root have of their own on an AMD target."""
+    from . import expansion_kernels
+
+    compiled = (compile_for(v, target).asm["amdgcn"] for v in expansion_kernels.VARIANTS)
+    return rounding.expansions(compiled)
+
+
+def prepare_worker(cache_directory: str) -> None:
+    """Make a fresh process compile, and not interpret, with a cache that holds nothing yet."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    os.environ["TRITON_CACHE_DIR"] = cache_directory
+
+
+def work(task: Task) -> MachineCode | str:
+    """One task, in a worker; what went wrong comes back as text."""
+    try:
+        return read(_variant(task), task)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+
+
+def _variant(task: Task) -> Variant:
+    return _variants(task.module, task.target)[task.variant]
+
+
+@cache
+def _variants(module: str, target: str) -> dict[str, Variant]:
+    return {v.name: v for v in importlib.import_module(module).variants(target)}
+
+
+def kernel_modules() -> list[str]:
+    """The modules of the Triton column that declare variants."""
+    if importlib.util.find_spec(KERNELS) is None:
+        return []
+    column = importlib.import_module(KERNELS)
+    names = [f"{KERNELS}.{module.name}" for module in pkgutil.iter_modules(column.__path__)]
+    return [name for name in names if hasattr(importlib.import_module(name), "variants")]
+
+
+def tasks(modules: Iterable[str], targets: Iterable[str]) -> list[Task]:
+    """Every variant of the modules on every target."""
+    return [Task(m, name, t) for t in targets for m in modules for name in _variants(m, t)]
+
+
+def read_all(todo: Sequence[Task], workers: int = WORKERS) -> dict[Task, MachineCode | str]:
+    """Compile and read in processes of their own."""
+    with (
+        tempfile.TemporaryDirectory(prefix="childtune-machine-code-") as directory,
+        ProcessPoolExecutor(workers, get_context("spawn"), prepare_worker, (directory,)) as pool,
+    ):
+        return dict(zip(todo, pool.map(work, todo, chunksize=2), strict=True))
+
+
+def table(codes: Iterable[MachineCode]) -> str:
+    """Markdown: a row a variant and target, with the expected limit on each GPU of that target."""
+    head = "| kernel | target | bytes / element | instructions / element | registers | occupancy | limit |"
+    rows = [head, "|---|---|--:|--:|--:|--:|---|"]
+    for code in codes:
+        limits = "; ".join(
+            gpu_limits.limit_of(gpu, code) for gpu in gpu_limits.gpus_of(code.task.target)
+        )
+        rows.append(
+            f"| {code.task.variant} | {code.task.target} | {code.bytes_per_element:.1f} | "
+            f"{code.per_element:.1f} | {code.registers} | {code.occupancy:.0%} | {limits} |"
+        )
+    return "\n".join(rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command: compile, print the table, name the faults; 1 where there are any."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__)
+    parser.add_argument("--targets", nargs="+", default=list(gpu_limits.GENERATIONS))
+    parser.add_argument("--modules", nargs="+", default=kernel_modules())
+    parser.add_argument("--only", default="", help="variants whose name contains this")
+    parser.add_argument("--workers", type=int, default=WORKERS)
+    chosen = parser.parse_args(arguments)
+    todo = [t for t in tasks(chosen.modules, chosen.targets) if chosen.only in t.variant]
+    if not todo:
+        parser.error(f"no variant whose name contains {chosen.only!r} in modules {chosen.modules}")
+    results = read_all(todo, chosen.workers)
+    codes = [found for found in results.values() if isinstance(found, MachineCode)]
+    print(table(codes))
+    wrong = {task: [found] for task, found in results.items() if isinstance(found, str)}
+    wrong |= {code.task: faults_of(code) for code in codes if faults_of(code)}
+    for task, faults in wrong.items():
+        print(f"{task.variant} on {task.target}:", *faults, sep="\n  ", file=sys.stderr)
+    return bool(wrong)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
