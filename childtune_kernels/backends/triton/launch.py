@@ -53,7 +53,12 @@ _GENERATIONS: dict[str, dict[str, Config]] = {
     "sm_80": {},
     "sm_90": {},
     "sm_100": {},
-    "gfx942": {},
+    # Warps of 64 lanes.
+    "gfx942": {
+        "child_adamw": Config(1024, 4),
+        "child_adamw_compact": Config(1024, 4),
+        "fisher_accumulate": Config(1024, 4),
+    },
 }
 _DEFAULTS = {
     "child_adamw": Config(1024, 8),
