@@ -19,7 +19,7 @@ CHOICES = {
     "child_state": ("auto", "compact", "dense"),
     "master_weight": ("auto", "fp32", "none"),
 }
-FLAGS = ("freeze_non_child", "correct_bias", "maximize")
+FLAGS = ("freeze_non_child", "correct_bias", "maximize", "capturable")
 NUMBERS = ("lr", "betas", "eps", "weight_decay", "reserve_p")
 # Accepted so that FusedChildAdamW drops into scripts written for torch.optim.AdamW.
 DROP_IN = ("amsgrad", "fused", "foreach")
@@ -114,8 +114,31 @@ def _check_choices(group: Mapping[str, Any], where: str) -> None:
     check_seed(group["seed"], where)
 
 
-def group_numbers(group: Mapping[str, Any], has_fixed_mask: bool, where: str) -> GroupNumbers:
+def _on_device(name: str, value: Any, device: torch.device | None, where: str) -> tuple[int, bool]:
+    """Address of an option that is a tensor on ``device`` (0: it is not), and whether it is fp64."""
+    if not isinstance(value, torch.Tensor) or value.device != device:
+        return 0, False
+    if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+        raise ValueError(
+            f"{name}={value!r} ({where}) must have one element of float32 or float64 with capturable=True"
+        )
+    return value.data_ptr(), value.dtype == torch.float64
+
+
+def group_numbers(
+    group: Mapping[str, Any],
+    has_fixed_mask: bool,
+    where: str,
+    device: torch.device | None = None,
+) -> GroupNumbers:
     """The numbers of a group, after a check of all its options.
+
+    Args:
+        group: the options.
+        has_fixed_mask: whether one of its parameters has one.
+        where: the group, for messages.
+        device: with ``capturable``, where the group's parameters lie: an ``lr`` or ``weight_decay`` that is a
+            tensor there is not read, since that would wait for the device, but left to the kernel.
 
     Raises:
         ValueError: an option out of range or of another kind, or an eps that fp32 rounds to 0 beside a
@@ -130,18 +153,29 @@ def group_numbers(group: Mapping[str, Any], has_fixed_mask: bool, where: str) ->
             f"eps={group['eps']!r} ({where}) is 0 in float32; with a mask a dropped element would "
             "be 0/0 in its first step; use eps=1e-8"
         )
+    device = device if group["capturable"] else None
+    lr_address, lr_is_double = _on_device("lr", group["lr"], device, where)
+    decay_address, decay_is_double = _on_device(
+        "weight_decay", group["weight_decay"], device, where
+    )
     return GroupNumbers(
-        lr=_number("lr", group["lr"], where),
+        lr=0.0 if lr_address else _number("lr", group["lr"], where),
         beta1=beta1,
         beta2=beta2,
         eps=eps,
-        weight_decay=_number("weight_decay", group["weight_decay"], where),
+        weight_decay=0.0
+        if decay_address
+        else _number("weight_decay", group["weight_decay"], where),
         reserve_p=reserve_p,
         threshold=threshold,
         freeze_non_child=group["freeze_non_child"],
         original_convention=group["convention"] == "original",
         correct_bias=group["correct_bias"],
         maximize=group["maximize"],
+        lr_address=lr_address,
+        lr_is_double=lr_is_double,
+        weight_decay_address=decay_address,
+        weight_decay_is_double=decay_is_double,
     )
 
 

@@ -17,7 +17,7 @@ ROW_FIELDS = (
 )
 GROUP_FIELDS = (
     "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
-    "correct_bias,maximize"
+    "correct_bias,maximize,lr_address,lr_is_double,weight_decay_address,weight_decay_is_double"
 )
 
 # How the child of a row with compact state is written down (SPEC.md, "Child layouts").
@@ -42,7 +42,11 @@ GROUP_COLUMN, GROUP_WIDTH = _columns(GROUP_FIELDS)
 
 
 class GroupNumbers(NamedTuple):
-    """The numbers of one parameter group, in the order of ``GROUP_FIELDS``."""
+    """The numbers of one parameter group, in the order of ``GROUP_FIELDS``.
+
+    An address is that of a tensor from which a kernel reads the option itself, or 0; the option's own
+    number then says nothing.
+    """
 
     lr: float
     beta1: float
@@ -55,6 +59,16 @@ class GroupNumbers(NamedTuple):
     original_convention: bool
     correct_bias: bool
     maximize: bool
+    lr_address: int = 0
+    lr_is_double: bool = False
+    weight_decay_address: int = 0
+    weight_decay_is_double: bool = False
+
+    @property
+    def may_decay(self) -> bool:
+        """Whether weights decay, as far as the host knows."""
+        on_device = self.lr_address or self.weight_decay_address
+        return bool(on_device) or self.lr * self.weight_decay > 0
 
 
 class IndexMap(NamedTuple):

@@ -56,6 +56,11 @@ struct PlanGroup {
   double original_convention;
   double correct_bias;
   double maximize;
+  // Of tensors from which kernels on GPUs read the option; 0 here.
+  double lr_address;
+  double lr_is_double;
+  double weight_decay_address;
+  double weight_decay_is_double;
 };
 
 constexpr int kRowColumns = sizeof(PlanRow) / 8;
@@ -67,7 +72,7 @@ constexpr const char* kRowFields =
     "element_contiguous,storage_contiguous,element_map:9,storage_map:9";
 constexpr const char* kGroupFields =
     "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
-    "correct_bias,maximize";
+    "correct_bias,maximize,lr_address,lr_is_double,weight_decay_address,weight_decay_is_double";
 
 enum DtypeCode : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
@@ -96,6 +101,6 @@ inline int64_t units_of(const PlanRow& row) {
 }
 
 static_assert(sizeof(IndexMap) == 9 * 8 && sizeof(PlanRow) == (20 + 18) * 8, "8-byte columns");
-static_assert(kGroupColumns == 11, "kGroupFields names every column");
+static_assert(kGroupColumns == 15, "kGroupFields names every column");
 
 }  // namespace childtune

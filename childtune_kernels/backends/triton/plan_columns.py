@@ -39,6 +39,10 @@ FREEZE_NON_CHILD = tl.constexpr(GROUP_COLUMN["freeze_non_child"])
 ORIGINAL_CONVENTION = tl.constexpr(GROUP_COLUMN["original_convention"])
 CORRECT_BIAS = tl.constexpr(GROUP_COLUMN["correct_bias"])
 MAXIMIZE = tl.constexpr(GROUP_COLUMN["maximize"])
+LR_ADDRESS = tl.constexpr(GROUP_COLUMN["lr_address"])
+LR_IS_DOUBLE = tl.constexpr(GROUP_COLUMN["lr_is_double"])
+WEIGHT_DECAY_ADDRESS = tl.constexpr(GROUP_COLUMN["weight_decay_address"])
+WEIGHT_DECAY_IS_DOUBLE = tl.constexpr(GROUP_COLUMN["weight_decay_is_double"])
 
 
 @triton.jit

@@ -43,6 +43,18 @@ def power(base, exponent):
 
 
 @triton.jit
+def _option(group, active, VALUE: tl.constexpr, ADDRESS: tl.constexpr, IS_DOUBLE: tl.constexpr):
+    """A number of each group, from the tensor that holds it where there is one."""
+    address = tl.load(group + ADDRESS, active, 0.0).to(tl.int64)
+    double = tl.load(group + IS_DOUBLE, active, 0.0) != 0.0
+    wide = tl.load(address.to(tl.pointer_type(tl.float64)), double & (address != 0), 0.0)
+    single = (double == 0) & (address != 0)
+    narrow = tl.load(address.to(tl.pointer_type(tl.float32)), single, 0.0).to(tl.float64)
+    value = tl.load(group + VALUE, active, 0.0)
+    return tl.where(address == 0, value, tl.where(double, wide, narrow))
+
+
+@triton.jit
 def _put(scalars32, scalars64, at, value, active):
     tl.store(scalars32 + at, value.to(tl.float32), active)
     tl.store(scalars64 + at, value, active)
@@ -59,7 +71,10 @@ def _step_scalars_kernel(rows, groups, draws, scalars32, scalars64, count, BLOCK
     t = tl.load(step, active, 0) + 1
     tl.store(step, t, active)
 
-    lr = tl.load(group + plan.LR, active, 0.0)
+    lr = _option(group, active, plan.LR, plan.LR_ADDRESS, plan.LR_IS_DOUBLE)
+    weight_decay = _option(
+        group, active, plan.WEIGHT_DECAY, plan.WEIGHT_DECAY_ADDRESS, plan.WEIGHT_DECAY_IS_DOUBLE
+    )
     beta1 = tl.load(group + plan.BETA1, active, 0.0)
     beta2 = tl.load(group + plan.BETA2, active, 0.0)
     corrects = tl.load(group + plan.CORRECT_BIAS, active, 0.0) != 0.0
@@ -68,7 +83,7 @@ def _step_scalars_kernel(rows, groups, draws, scalars32, scalars64, count, BLOCK
     correction2 = tl.where(corrects, 1.0 - power(beta2, exponent), 1.0)
     root = tl.sqrt(correction2)
     original = tl.load(group + plan.ORIGINAL_CONVENTION, active, 0.0) != 0.0
-    decay = lr * tl.load(group + plan.WEIGHT_DECAY, active, 0.0)
+    decay = lr * weight_decay
     r = 1.0 / tl.load(group + plan.RESERVE_P, active, 1.0)
     maximizes = tl.load(group + plan.MAXIMIZE, active, 0.0) != 0.0
 
