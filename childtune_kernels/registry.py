@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -37,7 +38,7 @@ class Choice:
     available: bool
     reason: str
 
-    @property
+    @cached_property
     def module(self) -> ModuleType:
         """The module whose functions are the op's kernels."""
         cell = TABLE[self.op][self.backend]
@@ -49,7 +50,7 @@ def _cell(op: str, backend: str, device: torch.device) -> Choice:
         return Choice(op, backend, False, "no kernel of this op yet")
     if backend == "reference":
         return Choice(op, backend, True, "plain PyTorch, serves every device")
-    if device.type != "cpu":
+    if device.type != "cpu" and op != "observe":  # which reads no tensor's memory
         return Choice(op, backend, False, f"serves CPU tensors, not {device.type}")
     from .backends import cpp
 
@@ -90,7 +91,8 @@ def choose(op: str, device: torch.device | str, requested: str | None = None) ->
     chosen = next(cell for cell in cells if cell.available)
     if chosen.backend == "reference":
         _refuse_forced_capability(device)
-        _warn_once(cells, device)
+        if op != "observe" or device.type == "cpu":
+            _warn_once(cells, device)
     return chosen
 
 
