@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import chain
-from operator import is_
 from typing import Any, overload
 
 import torch
@@ -19,6 +18,8 @@ from .labels import philox_key
 from .plan_row import contiguous_map
 from .step_plan import Row, StepPlan, check_row
 from .summary import summary_table
+
+NOTHING_SEEN = b"", b""
 
 
 class FusedChildAdamW(Optimizer):
@@ -112,6 +113,7 @@ class FusedChildAdamW(Optimizer):
         self._backend = backend
         self._plans: list[StepPlan] | None = None
         self._planned: list[Any] = []
+        self._seen: tuple[Any, Any] = NOTHING_SEEN
         self._default_mask = child_mask
         group_numbers(defaults, child_mask is not None, "the constructor")
         super().__init__(params, defaults)
@@ -198,7 +200,7 @@ class FusedChildAdamW(Optimizer):
         with torch.inference_mode(False), torch.no_grad():
             plans = self._current_plans()
             for plan in plans:
-                plan.refresh()
+                plan.refresh(self._seen[1])
             for plan in plans:
                 ops.child_adamw_(
                     plan.rows, plan.row_table, plan.group_table, plan.choice, plan.kept
@@ -207,15 +209,17 @@ class FusedChildAdamW(Optimizer):
 
     def _current_plans(self) -> list[StepPlan]:
         """The plans, made anew where groups, parameters or state were exchanged by hand."""
-        present = [
-            *self.param_groups,
-            *chain.from_iterable(group["params"] for group in self.param_groups),
-            *self.state.values(),
-        ]
-        same = len(present) == len(self._planned) and all(map(is_, present, self._planned))
-        if self._plans is None or not same:
-            self._plans = self._make_plans()
-            self._planned = present
+        groups, state = self.param_groups, self.state
+        if self._plans:
+            seen = ops.observe_groups(groups, state, self._seen, self._plans[0].observer)
+            if seen[0] == self._seen[0]:
+                self._seen = seen
+                return self._plans
+        self._plans = self._make_plans()
+        if self._plans:
+            self._seen = ops.observe_groups(groups, state, NOTHING_SEEN, self._plans[0].observer)
+            # As long as they live, no other object has the identity of one of them.
+            self._planned = [groups[:], *(group["params"][:] for group in groups), *state.values()]
         return self._plans
 
     def _make_plans(self) -> list[StepPlan]:
@@ -377,4 +381,4 @@ class FusedChildAdamW(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
         self._default_mask = None
-        self._plans, self._planned = None, []
+        self._plans, self._planned, self._seen = None, [], NOTHING_SEEN

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import warnings
 from dataclasses import dataclass
+from functools import cached_property
 from types import ModuleType
 
 import torch
@@ -46,7 +47,7 @@ class Choice:
     reason: str
     on_request: bool = False
 
-    @property
+    @cached_property
     def module(self) -> ModuleType:
         """The module whose functions are the op's kernels."""
         cell = TABLE[self.op][self.backend]
@@ -64,7 +65,7 @@ def _cell(op: str, backend: str, device: torch.device) -> Choice:
             reason = absent or "runs in Triton's interpreter, where it is asked for"
             return Choice(op, backend, absent is None, reason, on_request=True)
         return Choice(op, backend, absent is None, absent or "compiled when first used")
-    if device.type != "cpu":
+    if device.type != "cpu" and op != "observe":  # which reads no tensor's memory
         return Choice(op, backend, False, f"serves CPU tensors, not {device.type}")
     from .backends import cpp
 
@@ -120,7 +121,8 @@ def choose(op: str, device: torch.device | str, requested: str | None = None) ->
     chosen = next(cell for cell in cells if cell.available and not cell.on_request)
     if chosen.backend == "reference":
         _refuse_forced_capability(device)
-        _warn_once(cells, device)
+        if op != "observe" or device.type == "cpu":
+            _warn_once(cells, device)
     return chosen
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import compress
 from typing import Any
 
 import torch
@@ -33,7 +33,7 @@ from .plan_row import (
 )
 
 _MAPS = {"element_map", "storage_map"}
-_NOTHING = torch.empty((0, 2), dtype=torch.int64, device="cpu")
+_NOTHING = b"", b"", b""
 
 
 @dataclass(eq=False)
@@ -142,7 +142,7 @@ class StepPlan:
         self.rows = list(rows)
         self.groups = list(groups)
         self.choice = choice
-        self._observe = registry.choose(
+        self.observer = registry.choose(
             "observe",
             rows[0].parameter.device,
             "reference" if choice.backend == "reference" else None,
@@ -153,8 +153,8 @@ class StepPlan:
         self.group_table = torch.frombuffer(self._group_data, dtype=torch.float64).view(
             -1, GROUP_WIDTH
         )
-        self._parameters = [row.parameter for row in self.rows]
-        self._states = [row.state for row in self.rows]
+        self._parameters = tuple(row.parameter for row in self.rows)
+        self._states = tuple(row.state for row in self.rows)
         self._rows_of_group: list[list[Row]] = [[] for _ in self.groups]
         for row in self.rows:
             self._rows_of_group[row.group_index].append(row)
@@ -162,10 +162,11 @@ class StepPlan:
         self._seeds = [group["seed"] for group in self.groups]
         self._key_counts = [0] * len(self.groups)
         self._decays_outside = [False] * len(self.groups)
-        self._live: list[int] | None = None
-        self._live_rows = torch.tensor([], dtype=torch.int64, device="cpu")
-        self._placed, self._pointed = _NOTHING, _NOTHING
-        self._state: list[int] = []
+        self._writes_outside: list[dict[str, Any]] = []
+        self._settled: Any = None  # what was seen of options that need no other look
+        self._option_objects: list[Any] = []  # alive, so that their identities stay theirs
+        self._seen = _NOTHING
+        self._watched = ops.watch(self._states, self.observer)
         self._copied_rows: list[int] = []
         self._changing: list[Tensor] = []
         # Alive as long as the table points at them, so that no address can be given out again.
@@ -173,42 +174,33 @@ class StepPlan:
         self._copies: list[Tensor] = []
         self.kept: dict[str, Any] = {}
 
-    def refresh(self) -> None:
+    def refresh(self, options: Any = None) -> None:
         """Bring the tables up to date with the groups' options and this step's tensors.
+
+        Args:
+            options: the second row of ``ops.observe_groups``, as it is now; None: every option is read.
 
         Raises:
             ValueError: an option, a gradient or state that no kernel may see; nothing was written.
         """
         self._copies.clear()
-        self._refresh_groups()
-        gradients = [parameter.grad for parameter in self._parameters]
-        live = [index for index, grad in enumerate(gradients) if grad is not None]
-        present = [grad for grad in gradients if grad is not None]
-        placed, pointed, state = self._observed(present)
-        moved = state != self._state or not torch.equal(placed, self._placed)
-        if moved or live != self._live or not torch.equal(pointed, self._pointed):
-            looks_same = (
-                not moved and live == self._live and torch.equal(pointed[:, 1], self._pointed[:, 1])
-            )
-            if looks_same and not any(map(Tensor.is_neg, present)):
-                self.row_table[self._live_rows, ROW_COLUMN["grad"]] = pointed[:, 0]
-            else:
-                self._refresh_rows(gradients, moved)
-                self._live, self._live_rows = live, torch.tensor(live, device="cpu")
-                self._placed, self._state = placed, state
-            self._pointed = pointed
+        if options is None or options != self._settled:
+            self._refresh_groups(options)
+        placed, looks, pointed = seen = self._observed()
+        if placed != self._seen[0] or looks != self._seen[1]:
+            self._refresh_rows(moved=placed != self._seen[0])
+        elif pointed != self._seen[2]:
+            self._row_data[ROW_COLUMN["grad"] :: ROW_WIDTH] = array("q", pointed)
+        self._seen = seen
         for index in self._copied_rows:
-            self._point_at_copy(index, gradients[index])
+            self._point_at_copy(index, self._parameters[index].grad)
 
-    def _observed(self, gradients: list[Tensor]) -> tuple[Tensor, Tensor, list[int]]:
-        """What parameters and gradients look like now (ops.observe), and the addresses of all state.
-
-        Of state the addresses are enough: the plan holds what stood there, so that no other tensor can
-        come to lie at the same one.
-        """
+    def _observed(self) -> tuple[bytes, bytes, bytes]:
+        """What parameters, state and gradients look like now (ops.observe)."""
         try:
-            state = list(map(Tensor.data_ptr, chain.from_iterable(map(dict.values, self._states))))
-            observed = ops.observe([*self._parameters, *gradients], self._observe)
+            return ops.observe(
+                self._parameters, self._states, self._watched, self._seen, self.observer
+            )
         except (TypeError, RuntimeError, AttributeError):
             for row in self.rows:
                 ops.check_parameter(row.label, row.parameter)
@@ -216,13 +208,12 @@ class StepPlan:
                 if row.parameter.grad is not None:
                     ops.check_gradient(row.label, row.parameter, row.parameter.grad)
             raise
-        count = len(self._parameters)
-        return observed[:count], observed[count:], state
 
-    def _refresh_rows(self, gradients: list[Tensor | None], moved: bool) -> None:
+    def _refresh_rows(self, moved: bool) -> None:
         """Check and write the rows anew: something has moved, or looks different."""
         # Until every row is right, nothing may be taken for unchanged.
-        self._live, self._placed = None, _NOTHING
+        self._seen = _NOTHING
+        gradients = [parameter.grad for parameter in self._parameters]
         for index, (row, grad) in enumerate(zip(self.rows, gradients, strict=True)):
             if moved:
                 self._place(index, row)
@@ -240,6 +231,8 @@ class StepPlan:
             for index, (row, grad) in enumerate(zip(self.rows, gradients, strict=True))
             if grad is not None and _needs_copy(row.parameter, grad)
         ]
+        if moved:
+            self._watched = ops.watch(self._states, self.observer)
 
     def _point_at_copy(self, index: int, grad: Tensor | None) -> None:
         """Give a row its gradient under the strides of its parameter."""
@@ -255,14 +248,15 @@ class StepPlan:
         """Drop what only the step needed, and tell autograd that the weights have changed."""
         self._copies.clear()
         torch.autograd.graph.increment_version(self._changing)
-        for group, decays_outside in zip(self.groups, self._decays_outside, strict=True):
-            if decays_outside:
-                group[WROTE_OUTSIDE] = True
+        for group in self._writes_outside:
+            group[WROTE_OUTSIDE] = True
 
     def _at(self, index: int, column: str) -> int:
         return index * ROW_WIDTH + ROW_COLUMN[column]
 
-    def _refresh_groups(self) -> None:
+    def _refresh_groups(self, seen_options: Any) -> None:
+        # Until every group is right, nothing may be taken for unchanged.
+        self._settled = None
         for index, group in enumerate(self.groups):
             if len(group) != self._key_counts[index]:
                 check_spelling(group, f"group of {self._rows_of_group[index][0].label}")
@@ -289,6 +283,10 @@ class StepPlan:
                 isinstance(option, Tensor) for option in (*options, *group["betas"])
             ):
                 self._options[index] = options
+        self._writes_outside = list(compress(self.groups, self._decays_outside))
+        if None not in self._options:
+            self._option_objects = [[*group.items()] for group in self.groups]
+            self._settled = seen_options
 
     def _take_seed(self, index: int, rows: Sequence[Row], seed: int) -> None:
         """Draw the masks of a group from another seed."""

@@ -36,6 +36,6 @@ void take_ties_(std::vector<Tensor> scores, int64_t threshold, Tensor quotas, in
                 int64_t capability);
 void run_scores_(std::vector<Tensor> scores, int64_t granularity, std::vector<Tensor> runs, Tensor refused,
                  int64_t capability);
-void observe_boxed(StableIValue* stack, uint64_t argument_count, uint64_t result_count);
+int64_t watch_handles(std::vector<Tensor> tensors);
 
 }  // namespace childtune

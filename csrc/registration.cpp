@@ -1,4 +1,6 @@
 // Schemas and bindings; no maths. Arguments are checked in childtune_kernels/ops/.
+#include "observe.h"  // Python's header comes first
+
 #include <string>
 
 #include "launch.h"
@@ -33,7 +35,7 @@ STABLE_TORCH_LIBRARY(childtune_kernels, m) {
       "take_ties_(Tensor[] scores, int threshold, Tensor quotas, int unit, Tensor(a!)[] words, int capability) -> ()");
   m.def(
       "run_scores_(Tensor[] scores, int granularity, Tensor(a!)[] runs, Tensor(b!) refused, int capability) -> ()");
-  m.def("observe_(Tensor[] tensors, Tensor(a!) observed) -> ()");
+  m.def("watch_handles(Tensor[] tensors) -> int");
   m.def("has_capability(int capability) -> bool");
   m.def("row_fields() -> str");
   m.def("group_fields() -> str");
@@ -54,8 +56,13 @@ STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CompositeExplicitAutograd, m) {
-  m.impl("observe_", &childtune::observe_boxed);
+  m.impl("watch_handles", TORCH_BOX(&childtune::watch_handles));
   m.impl("has_capability", TORCH_BOX(&childtune::has_capability));
   m.impl("row_fields", TORCH_BOX(&childtune::row_fields));
   m.impl("group_fields", TORCH_BOX(&childtune::group_fields));
+}
+
+PyMODINIT_FUNC PyInit__C() {
+  static PyModuleDef definition = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, childtune::observe_methods};
+  return childtune::prepare_observe() ? PyModule_Create(&definition) : nullptr;
 }

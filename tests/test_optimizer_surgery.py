@@ -15,7 +15,7 @@ import torch
 from torch.nn import Parameter
 
 from childtune_kernels import FusedChildAdamW
-from tests.snapshots import identical
+from tests.snapshots import identical, untouched
 from tests.toy_parameters import give_gradients, toy_parameters, train
 
 
@@ -129,3 +129,97 @@ def test_an_entry_of_the_state_put_in_the_place_of_another_is_used(steps_before:
     if stepped_or_refused(optimizer, "layer.bias"):
         assert int(optimizer.state[bias]["step"]) == 1
         assert bool(optimizer.state[bias]["exp_avg"].all())
+
+
+def test_what_was_refused_is_refused_again() -> None:
+    """A plan that could not be made is not taken for one of the step before."""
+    parameters = toy_parameters()
+    optimizer = two_groups(parameters)
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    del optimizer.state[parameters["layer.bias"]]
+    for _ in range(2):
+        with pytest.raises(ValueError, match=r"state of layer\.bias is missing"):
+            optimizer.step()
+    assert all(identical(parameters[name].detach(), before[name]) for name in before)
+
+
+@pytest.mark.parametrize("key", ["exp_avg", "exp_avg_sq", "step"])
+def test_state_seen_as_another_type_where_it_lies_is_refused(key: str) -> None:
+    parameters = toy_parameters()
+    optimizer = two_groups(parameters)
+    state = optimizer.state[parameters["layer.bias"]]
+    whole = state[key]
+    state[key] = whole.view(torch.float64 if key == "step" else torch.int32)
+    for _ in range(2):
+        with untouched(optimizer), pytest.raises(ValueError, match=r"layer\.bias"):
+            optimizer.step()
+    state[key] = whole
+    optimizer.step()
+    assert int(state["step"]) == 3
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_a_gradient_negated_where_it_lies_counts(backend: str | None) -> None:
+    weights = []
+    for negate in (torch._neg_view, torch.neg):
+        parameter = Parameter(torch.ones(3))
+        optimizer = FusedChildAdamW([parameter], lr=0.1, backend=backend)
+        parameter.grad = torch.ones(3)
+        optimizer.step()
+        parameter.grad = negate(parameter.grad)
+        optimizer.step()
+        weights.append(parameter.detach())
+    assert identical(*weights)
+
+
+@pytest.mark.parametrize("backend", [None, "reference"])
+def test_options_given_again_as_other_objects_change_nothing(backend: str | None) -> None:
+    """A scheduler writes a new float at every step: the same value is the same run."""
+    runs = []
+    for rewrite in (True, False):
+        parameters = toy_parameters()
+        optimizer = FusedChildAdamW(parameters.items(), lr=0.1, backend=backend)
+        for step in range(4):
+            if rewrite:
+                optimizer.param_groups[0]["lr"] = float(str(optimizer.param_groups[0]["lr"]))
+            if step == 2:
+                optimizer.param_groups[0]["weight_decay"] = 0.5
+            train(optimizer, parameters, [step])
+        runs.append(parameters)
+    assert all(identical(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_options_taken_back_after_a_refusal_count_again() -> None:
+    """The first group was right and the second refused: the very objects of before come back."""
+    runs = []
+    for disturbed in (True, False):
+        parameters = toy_parameters()
+        optimizer = two_groups(parameters)
+        optimizer.step()
+        if disturbed:
+            before = [dict(group) for group in optimizer.param_groups]
+            optimizer.param_groups[0]["lr"], optimizer.param_groups[1]["eps"] = 0.5, -1.0
+            with untouched(optimizer), pytest.raises(ValueError, match="eps=-1"):
+                optimizer.step()
+            for group, old in zip(optimizer.param_groups, before, strict=True):
+                group.update(old)
+        train(optimizer, parameters, [3])
+        runs.append(parameters)
+    assert all(identical(runs[0][name], runs[1][name]) for name in runs[0])
+
+
+def test_weights_moved_back_after_a_refusal_are_written_again() -> None:
+    first, second = Parameter(torch.ones(3)), Parameter(torch.ones(3))
+    optimizer = FusedChildAdamW([first, second], lr=0.1, weight_decay=0.0)
+    first.grad, second.grad = torch.ones(3), torch.ones(3)
+    optimizer.step()
+    weight, gradient = first.data, second.grad
+    first.data = weight.clone()
+    second.grad = None
+    second.grad_dtype = None
+    second.grad = torch.ones(3).half()
+    with untouched(optimizer), pytest.raises(ValueError, match="gradient of #1"):
+        optimizer.step()
+    first.data, second.grad = weight, gradient
+    optimizer.step()
+    torch.testing.assert_close(weight, torch.full((3,), 0.8))

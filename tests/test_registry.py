@@ -139,6 +139,35 @@ def test_without_the_extension_asking_for_the_reference_warns_of_nothing(
         assert registry.choose("child_adamw", "cpu", "reference").available
 
 
+@needs_extension
+@pytest.mark.parametrize("device", ["cuda", "mps", "meta"])
+def test_what_reads_no_memory_serves_every_device(device: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry.choose("observe", device).backend == "cpp"
+    assert marks(explain(device))["observe", "cpp"] == "*"
+
+
+def test_observing_by_the_reference_is_no_slow_step(without_extension: None) -> None:
+    """On a device whose steps have a kernel nothing of a tensor's size runs in the reference."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert registry.choose("observe", "cuda").backend == "reference"
+
+
+@needs_extension
+def test_an_extension_without_its_python_methods_is_found_out(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def absent() -> None:
+        raise ImportError("dynamic module does not define module export function")
+
+    monkeypatch.setattr(cpp, "_methods", absent)
+    reason = cpp.load.__wrapped__()
+    assert reason is not None
+    assert "built from another version of the sources; rebuild it" in reason
+
+
 def test_an_unknown_backend() -> None:
     with pytest.raises(ValueError, match=r"backend='cuda' is unknown; use one of .*'reference'"):
         registry.choose("child_adamw", "cpu", "cuda")

@@ -7,8 +7,10 @@ the best one this processor has is used.
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +44,23 @@ def load() -> str | None:
     except OSError as error:
         return f"{libraries[-1].name} does not load: {error.__cause__ or error}"
     kernels = torch.ops.childtune_kernels
-    if (kernels.row_fields(), kernels.group_fields()) != (ROW_FIELDS, GROUP_FIELDS):
+    try:
+        fields = kernels.row_fields(), kernels.group_fields()
+        _methods()
+    except (ImportError, AttributeError):
+        fields = None
+    if fields != (ROW_FIELDS, GROUP_FIELDS):
         return f"{libraries[-1].name} was built from another version of the sources; rebuild it"
     return None
+
+
+@functools.cache
+def _methods() -> Any:
+    """The extension as a Python module: methods that take Python's objects as they are."""
+    library = sorted(_PACKAGE.glob("_C*.so"))[-1]
+    specification = importlib.util.spec_from_file_location("childtune_kernels._C", library)
+    assert specification is not None
+    return importlib.util.module_from_spec(specification)
 
 
 def supported_capabilities() -> list[str]:
@@ -84,11 +100,30 @@ def child_adamw_(
     torch.ops.childtune_kernels.child_adamw_(row_table, group_table, capability())
 
 
-def observe(tensors: Sequence[Tensor]) -> Tensor:
-    """Address and digest of each tensor (contract: ops.observe)."""
-    observed = torch.empty((len(tensors), 2), dtype=torch.int64, device="cpu")
-    torch.ops.childtune_kernels.observe_.default(tensors, observed)
-    return observed
+def watch(states: Sequence[dict[str, Tensor]]) -> Any:
+    """Handles of all state tensors (contract: ops.watch)."""
+    tensors = list(chain.from_iterable(map(dict.values, states)))
+    handles = torch.ops.childtune_kernels.watch_handles(tensors)
+    return _methods().watch(tensors, handles)
+
+
+def observe(
+    parameters: tuple[Tensor, ...],
+    states: tuple[dict[str, Tensor], ...],
+    watched: Any,
+    before: tuple[bytes, bytes, bytes],
+) -> tuple[bytes, bytes, bytes]:
+    """Addresses and looks of parameters, state and gradients (contract: ops.observe)."""
+    now: tuple[bytes, bytes, bytes] = _methods().observe(parameters, states, watched, before)
+    return now
+
+
+def observe_groups(
+    groups: list[dict[str, Any]], state: dict[Any, Any], before: tuple[bytes, bytes]
+) -> tuple[bytes, bytes]:
+    """Identities of members and options (contract: ops.observe_groups)."""
+    now: tuple[bytes, bytes] = _methods().observe_groups(groups, state, before)
+    return now
 
 
 def keep_words(

@@ -4,7 +4,7 @@ from .bitmask import check_words, count_mask, pack_mask, unpack_mask
 from .child_adamw import child_adamw_
 from .fisher_accumulate import check_squares, fisher_accumulate_
 from .keep_words import KEEP_ALL, keep_words
-from .observe import observe
+from .observe import observe, observe_groups, watch
 from .tensors import HALF_TYPES, check_gradient, check_parameter, compute_dtype
 from .topk_select import (
     SCORE_UNIT,
@@ -31,9 +31,11 @@ __all__ = [
     "fisher_accumulate_",
     "keep_words",
     "observe",
+    "observe_groups",
     "pack_mask",
     "run_scores",
     "select_words",
     "take_ties_",
     "unpack_mask",
+    "watch",
 ]
