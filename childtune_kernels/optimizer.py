@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import ops, parameters, registry, state_dicts, state_tensors
+from . import graph_capture, ops, parameters, registry, state_dicts, state_tensors
 from .child_mask import ChildMask
 from .group_options import WROTE_OUTSIDE, check_seed, check_spelling, group_numbers
 from .labels import philox_key
@@ -47,12 +47,15 @@ class FusedChildAdamW(Optimizer):
         correct_bias: False leaves out the bias correction of the moments.
         maximize: follow the gradient upwards.
         seed: of the Bernoulli masks; None takes ``torch.initial_seed()``.
-        backend: ``"cpp"`` or ``"reference"``; None takes the best that serves the device.
+        backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None takes the best that serves the device.
         child_state: with a ``child_mask``, ``"compact"`` keeps moments (and master weights) of the child's
             elements alone, ``"dense"`` of every weight; results are the same bits. ``"auto"`` is compact,
             but for 16-bit parameters that decay outside the child (``freeze_non_child=False``).
         master_weight: of bf16 and fp16 parameters: ``"fp32"`` (``"auto"``) keeps an fp32 copy in the
             state, ``"none"`` updates the rounded weights themselves.
+        capturable: on GPUs, lets ``step()`` be captured into a CUDA graph. An ``lr`` or ``weight_decay`` that
+            is a tensor there is then read by every step and replay, unchecked; other options are those of
+            the capture.
         amsgrad, fused, foreach: accepted for drop-in use; ``amsgrad=True`` is refused, the others have
             no effect.
 
@@ -83,6 +86,7 @@ class FusedChildAdamW(Optimizer):
         backend: str | None = None,
         child_state: str = "auto",
         master_weight: str = "auto",
+        capturable: bool = False,
         amsgrad: bool = False,
         fused: bool | None = None,
         foreach: bool | None = None,
@@ -104,6 +108,7 @@ class FusedChildAdamW(Optimizer):
             "maximize": maximize,
             "child_state": child_state,
             "master_weight": master_weight,
+            "capturable": capturable,
             "amsgrad": amsgrad,
             "fused": fused,
             "foreach": foreach,
@@ -114,6 +119,7 @@ class FusedChildAdamW(Optimizer):
         self._plans: list[StepPlan] | None = None
         self._planned: list[Any] = []
         self._seen: tuple[Any, Any] = NOTHING_SEEN
+        self._captures = graph_capture.Captures()
         self._default_mask = child_mask
         group_numbers(defaults, child_mask is not None, "the constructor")
         super().__init__(params, defaults)
@@ -132,6 +138,7 @@ class FusedChildAdamW(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, not {type(param_group).__name__}")
+        self._captures.refuse("add_param_group")
         where = f"group {len(self.param_groups)}"
         self._refuse_other_seed(param_group, where)
         group = {**self.defaults, **param_group}
@@ -146,9 +153,8 @@ class FusedChildAdamW(Optimizer):
         check_spelling(group, where)
         group_numbers(group, mask is not None, where)
         words = parameters.mask_words(mask, labels, tensors)
-        if self._backend is not None:
-            for device in {tensor.device for tensor in tensors}:
-                registry.choose("child_adamw", device, self._backend)
+        for device in {tensor.device for tensor in tensors}:
+            graph_capture.check_backend(device, self._backend, bool(group["capturable"]), where)
         group["params"], group["param_names"] = tensors, labels
         states = [
             state_tensors.initial_state(label, tensor, words.get(label), group)
@@ -199,12 +205,17 @@ class FusedChildAdamW(Optimizer):
         # What is made in inference mode could never be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
             plans = self._current_plans()
-            for plan in plans:
+            capturing = [graph_capture.is_capturing(plan.device) for plan in plans]
+            for plan, captured in zip(plans, capturing, strict=True):
+                if captured:
+                    graph_capture.check_capture(plan)
                 plan.refresh(self._seen[1])
-            for plan in plans:
-                ops.child_adamw_(
-                    plan.rows, plan.row_table, plan.group_table, plan.choice, plan.kept
-                )
+            self._captures.check_unmoved(plans)
+            for plan, captured in zip(plans, capturing, strict=True):
+                tables = plan.rows, plan.row_table, plan.group_table
+                ops.child_adamw_(*tables, plan.choice, plan.kept, captured)
+                if captured:
+                    self._captures.add(plan)
                 plan.finish()
 
     def _current_plans(self) -> list[StepPlan]:
@@ -279,6 +290,7 @@ class FusedChildAdamW(Optimizer):
         Raises:
             ValueError: groups, labels, shapes or options that do not fit; nothing has changed.
         """
+        self._captures.refuse("load_state_dict")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
@@ -325,6 +337,7 @@ class FusedChildAdamW(Optimizer):
         Raises:
             ValueError: a mask that does not fit, or an unknown ``new_state``; nothing has changed.
         """
+        self._captures.refuse("set_child_mask")
         if new_state not in ("keep", "reset"):
             raise ValueError(f"new_state={new_state!r} must be 'keep' or 'reset'")
         states = []
@@ -382,3 +395,4 @@ class FusedChildAdamW(Optimizer):
         self.__dict__.setdefault("_backend", None)
         self._default_mask = None
         self._plans, self._planned, self._seen = None, [], NOTHING_SEEN
+        self.__dict__.setdefault("_captures", graph_capture.Captures())

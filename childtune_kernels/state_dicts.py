@@ -19,7 +19,7 @@ from .labels import is_positional, label_of
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
 _TORCH_ONLY = ("capturable", "differentiable", "decoupled_weight_decay", "fused", "foreach")
 # How this optimizer keeps its state, which changes no result: not the saved run's affair.
-_OWN_CHOICES = ("child_state",)
+_OWN_CHOICES = ("child_state", "capturable")
 
 State = Mapping[str, Any]
 Groups = list[dict[str, Any]]

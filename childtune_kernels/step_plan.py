@@ -142,9 +142,10 @@ class StepPlan:
         self.rows = list(rows)
         self.groups = list(groups)
         self.choice = choice
+        self.device = rows[0].parameter.device
         self.observer = registry.choose(
             "observe",
-            rows[0].parameter.device,
+            self.device,
             "reference" if choice.backend == "reference" else None,
         )
         self._row_data = array("q", bytes(8 * ROW_WIDTH * len(self.rows)))
@@ -173,6 +174,17 @@ class StepPlan:
         self._held: list[Any] = [None] * len(self.rows)
         self._copies: list[Tensor] = []
         self.kept: dict[str, Any] = {}
+
+    @property
+    def placed(self) -> bytes:
+        """Where parameters and state lie, as last seen; empty before the first refresh."""
+        return self._seen[0]
+
+    @property
+    def addresses(self) -> dict[str, int]:
+        """The address of every parameter, as the table has it."""
+        column = self._row_data[ROW_COLUMN["weight"] :: ROW_WIDTH]
+        return {row.label: address for row, address in zip(self.rows, column, strict=True)}
 
     def refresh(self, options: Any = None) -> None:
         """Bring the tables up to date with the groups' options and this step's tensors.
@@ -267,12 +279,12 @@ class StepPlan:
             rows = self._rows_of_group[index]
             self._options[index] = None
             masked = any(row.masked for row in rows)
-            numbers = group_numbers(group, masked, f"group of {rows[0].label}")
+            numbers = group_numbers(group, masked, f"group of {rows[0].label}", self.device)
             start = index * GROUP_WIDTH
             for name, at in GROUP_COLUMN.items():
                 self._group_data[start + at] = getattr(numbers, name)
-            decays = numbers.lr * numbers.weight_decay > 0
-            self._decays_outside[index] = masked and decays and not numbers.freeze_non_child
+            decays_outside = masked and numbers.may_decay and not numbers.freeze_non_child
+            self._decays_outside[index] = decays_outside
             for row in rows:
                 row.numbers = numbers
                 state_tensors.check_options(row.label, row.parameter, row.state, group)

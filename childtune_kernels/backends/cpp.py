@@ -93,10 +93,14 @@ def capability() -> int:
 
 
 def child_adamw_(
-    rows: Sequence[Any], row_table: Tensor, group_table: Tensor, kept: dict[str, Any]
+    rows: Sequence[Any],
+    row_table: Tensor,
+    group_table: Tensor,
+    kept: dict[str, Any],
+    capturing: bool,
 ) -> None:
     """Update every active row in place (contract: ops.child_adamw_)."""
-    del rows, kept
+    del rows, kept, capturing
     torch.ops.childtune_kernels.child_adamw_(row_table, group_table, capability())
 
 

@@ -16,6 +16,7 @@ def child_adamw_(
     group_table: Tensor,
     choice: registry.Choice,
     kept: dict[str, Any],
+    capturing: bool = False,
 ) -> None:
     """One AdamW step of the child networks of all active rows, in place (SPEC.md, eq. 1 to 12).
 
@@ -25,6 +26,7 @@ def child_adamw_(
         group_table: float64 ``[groups, GROUP_WIDTH]``, the numbers of the parameter groups.
         choice: what ``registry.choose("child_adamw", device)`` gave for the plan's device.
         kept: what the backend keeps between the steps of one plan; at first empty.
+        capturing: the step goes into a CUDA graph, whose replays read what the tables say now.
 
     Changes in place, for every row whose ``active`` is set: the parameter, exp_avg, exp_avg_sq, the
     master weight, and the step (+1). Gradients are only read.
@@ -32,4 +34,4 @@ def child_adamw_(
     if choice.backend == "reference":
         choice.module.child_adamw_(rows)
     else:
-        choice.module.child_adamw_(rows, row_table, group_table, kept)
+        choice.module.child_adamw_(rows, row_table, group_table, kept, capturing)

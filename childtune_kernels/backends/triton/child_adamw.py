@@ -60,14 +60,14 @@ def _constants(combination: Combination, generation: str) -> dict[str, Any]:
     return constants | {"RUNS": layout == "runs", "LANES": cut.lanes}
 
 
-def _step_launch(plan: DevicePlan, each: Launch) -> None:
+def _step_launch(plan: DevicePlan, rows: Tensor, each: Launch) -> None:
     combination = each.combination
     between = plan.draws if each.words is None else each.words
     launch.launch(
         _KERNELS[combination.layout],
         each.chunks.shape[0],
         plan.device,
-        (plan.rows, each.chunks, between, plan.scalars[combination.moment]),
+        (rows, each.chunks, between, plan.scalars[combination.moment]),
         _constants(combination, plan.generation),
         cut_of(combination, plan.generation).num_warps,
         launch.HALF_OCCUPANCY,
@@ -75,23 +75,30 @@ def _step_launch(plan: DevicePlan, each: Launch) -> None:
 
 
 def child_adamw_(
-    rows: Sequence[Any], row_table: Tensor, group_table: Tensor, kept: dict[str, Any]
+    rows: Sequence[Any],
+    row_table: Tensor,
+    group_table: Tensor,
+    kept: dict[str, Any],
+    capturing: bool,
 ) -> None:
     """Update every active row in place (contract: ops.child_adamw_)."""
     plan = kept.get("device_plan")
     if plan is None:
         plan = kept["device_plan"] = DevicePlan(rows[0].parameter.device)
-    plan.refresh(rows, row_table, group_table)
+    if capturing:
+        device_rows, device_groups = plan.captured(row_table, group_table)
+    else:
+        device_rows, device_groups = plan.refresh(rows, row_table, group_table)
     step_scalars_(
-        plan.rows,
-        plan.groups,
+        device_rows,
+        device_groups,
         plan.draws,
         plan.scalars[torch.float32],
         plan.scalars[torch.float64],
         plan.count,
     )
     for each in plan.launches:
-        _step_launch(plan, each)
+        _step_launch(plan, device_rows, each)
 
 
 def combinations() -> Iterator[Combination]:

@@ -151,6 +151,7 @@ def child_adamw_dense_kernel(
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
     BERNOULLI: tl.constexpr, FIXED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
+    """A tile of a tensor; the chunk names its row and which tile it is."""
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
     index = tl.load(chunk).to(tl.int64)
     start = tl.load(chunk + 1).to(tl.int64) * TILE

@@ -98,20 +98,19 @@ class DevicePlan:
         self._on_device: dict[str, Tensor] = {}
         self._structure: Tensor | None = None
         self._held: list[Any] = []
+        self._spare: list[Tensor] = []
+        self._captured: list[Tensor] = []
 
-    @property
-    def rows(self) -> Tensor:
-        return self._on_device["rows"]
-
-    @property
-    def groups(self) -> Tensor:
-        return self._on_device["groups"]
-
-    def refresh(self, rows: Sequence[Any], row_table: Tensor, group_table: Tensor) -> None:
+    def refresh(
+        self, rows: Sequence[Any], row_table: Tensor, group_table: Tensor
+    ) -> tuple[Tensor, Tensor]:
         """Bring the tables on the device up to date; what has not changed is not sent.
 
         Args:
             rows: the plan's rows; ``row_table`` and ``group_table`` its tables on the host.
+
+        Returns:
+            The tables on the device.
         """
         moved = self._send("rows", row_table)
         if self._send("groups", group_table) or moved:
@@ -120,6 +119,41 @@ class DevicePlan:
                 self._structure = structure
                 self._make_room(len(rows))
                 self._plan_launches(rows, row_table, group_table)
+        if not self._spare:
+            self._spare = [
+                launch.pinned_like(table, self.device) for table in (row_table, group_table)
+            ]
+        return self._on_device["rows"], self._on_device["groups"]
+
+    def captured(self, row_table: Tensor, group_table: Tensor) -> tuple[Tensor, Tensor]:
+        """Tables for a graph alone: eager steps write others, and replays read what stands here now.
+
+        No memory can be pinned during a capture, so a block has been kept ready. It belongs to the graph from
+        now on, which sends it at every replay.
+
+        Raises:
+            RuntimeError: nothing is ready, or the step would need other launches than the last one.
+        """
+        structure = self._structure_of(row_table, group_table)
+        if (
+            not self._spare
+            or self._structure is None
+            or not torch.equal(structure, self._structure)
+        ):
+            raise RuntimeError(
+                "step() is being captured into a CUDA graph, and the last step was another one (parameters, "
+                "gradient types or masks have changed since, or it was captured too); call step() once "
+                "outside the graph before each capture"
+            )
+        pinned, self._spare = self._spare, []
+        sent = []
+        for block, table in zip(pinned, (row_table, group_table), strict=True):
+            block.copy_(table)
+            target = torch.empty_like(table, device=self.device)
+            launch.send_(target, block)
+            sent.append(target)
+        self._captured += [*pinned, *sent]
+        return sent[0], sent[1]
 
     def _send(self, name: str, table: Tensor) -> bool:
         """Whether a table differs from what the device has; then it is sent, without waiting."""

@@ -110,6 +110,16 @@ def upload(host: Tensor, device: torch.device) -> Tensor:
     return host.pin_memory().to(device, non_blocking=True)
 
 
+def pinned_like(host: Tensor, device: torch.device) -> Tensor:
+    """Room for a copy of a CPU tensor from which a device can be sent without waiting."""
+    return torch.empty_like(host, pin_memory=device.type != "cpu")
+
+
+def send_(target: Tensor, pinned: Tensor) -> None:
+    """Copy a pinned block into a tensor on a device, on its current stream, without waiting."""
+    target.copy_(pinned, non_blocking=True)
+
+
 def chunk_map(sizes: Sequence[int], tile: int) -> Tensor:
     """Row and chunk of every program (int32, ``[programs, 2]``, on the CPU): tiles of tensors of these sizes.
 

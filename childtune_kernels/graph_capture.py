@@ -1,0 +1,106 @@
+"""CUDA graphs: what must hold when a step is captured, and what must stay as it was from then on.
+
+A graph replays the kernels of a step with the addresses of its capture; the host has no part in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from . import registry
+from .step_plan import StepPlan
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device now goes into a graph instead of running."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def check_backend(
+    device: torch.device, requested: str | None, capturable: bool, where: str
+) -> None:
+    """Refuse a backend that cannot serve a device, or whose steps no graph can hold.
+
+    Raises:
+        ValueError: ``capturable`` for another backend than Triton's.
+        RuntimeError: the requested backend cannot serve.
+    """
+    if requested is None and not capturable:
+        return
+    backend = registry.choose("child_adamw", device, requested).backend
+    if capturable and backend != "triton":
+        raise ValueError(
+            f"capturable=True ({where}) is for backend 'triton' on GPUs; parameters on {device} are served "
+            f"by {backend!r}: use capturable=False"
+        )
+
+
+def check_capture(plan: StepPlan) -> None:
+    """Refuse to capture a step that could not be replayed.
+
+    Raises:
+        RuntimeError: a group without ``capturable``, a plan that has not stepped yet.
+        ValueError: a parameter without a gradient.
+    """
+    if not all(group["capturable"] for group in plan.groups):
+        raise RuntimeError(
+            "step() is being captured into a CUDA graph, and capturable is False; build "
+            "FusedChildAdamW(..., capturable=True)"
+        )
+    if not plan.placed:
+        raise RuntimeError(
+            "step() is being captured into a CUDA graph before its first step; run forward, backward and "
+            "step() once outside the graph, so that kernels and tables are there"
+        )
+    missing = [row.label for row in plan.rows if row.parameter.grad is None]
+    if missing:
+        raise ValueError(
+            f"step() is being captured into a CUDA graph, and {len(missing)} parameters have no gradient "
+            f"({', '.join(missing[:4])}): every replay would skip them; capture backward and step "
+            "together, or leave them out of the optimizer"
+        )
+
+
+class Captures:
+    """The captures of one optimizer; plans in it stay alive, and with them all that graphs point at."""
+
+    def __init__(self) -> None:
+        self._plans: list[tuple[StepPlan, bytes]] = []
+
+    def add(self, plan: StepPlan) -> None:
+        """Note that a step of this plan has been captured."""
+        self._plans.append((plan, plan.placed))
+
+    def check_unmoved(self, plans: Sequence[StepPlan]) -> None:
+        """Refuse an eager step where weights or state lie elsewhere than a graph knows.
+
+        Raises:
+            RuntimeError: names a parameter that has moved.
+        """
+        places = {plan.placed for plan in plans}
+        for captured, placed in self._plans:
+            if placed in places:
+                continue
+            now = {row.label: row.parameter.data_ptr() for plan in plans for row in plan.rows}
+            moved = [
+                label for label, address in captured.addresses.items() if now.get(label) != address
+            ]
+            what = f"parameter {moved[0]}" if moved else "the optimizer's state"
+            raise RuntimeError(
+                f"{what} lies elsewhere since step() was captured into a CUDA graph, which would go on "
+                "updating the old memory; build the optimizer anew and capture again"
+            )
+
+    def refuse(self, what: str) -> None:
+        """Refuse to exchange state that a graph goes on using.
+
+        Raises:
+            RuntimeError: a step has been captured.
+        """
+        if self._plans:
+            raise RuntimeError(
+                f"{what} after step() was captured into a CUDA graph: replays would go on updating the "
+                "old state; build the optimizer anew, then capture again"
+            )
