@@ -1,6 +1,6 @@
 """The database of optimizer inputs: a table of records, and the runner that steps through them.
 
-A backend joins every test by its name in ``BACKENDS``.
+Values are drawn on the CPU, whatever the device they are for.
 """
 
 from __future__ import annotations
@@ -16,45 +16,17 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from childtune_kernels import ChildMask, FusedChildAdamW, ops, registry
-from childtune_kernels.backends import cpp
+from childtune_kernels import ChildMask, FusedChildAdamW, ops
 from childtune_kernels.labels import philox_key
 from childtune_kernels.plan_row import contiguous_map
 
 from .child_states import LAYOUTS, lay_out_children, state_in_full
+from .columns import CPU, device_of, in_memory_of, placed, storage_of
 
-BACKENDS = ("cpp",)
 SEED = 1234
 STEPS = 4
 GUARD = 77.0  # stands in the gaps of strided tensors, where nobody may write
 DENSE_NAME = "odd_offset"  # trains densely in every fixed mask
-
-
-class Column(NamedTuple):
-    """One backend, on CPUs with one instruction set."""
-
-    backend: str
-    capability: str | None = None
-
-    def __str__(self) -> str:
-        return "-".join(filter(None, self))
-
-    def absent(self) -> str | None:
-        """None, or why this machine cannot run the column."""
-        if self.capability is not None and self.capability not in cpp.supported_capabilities():
-            return cpp.load() or f"this processor or build lacks {self.capability}"
-        for cell in registry.survey("cpu"):
-            if cell.backend == self.backend and not cell.available:
-                return f"{cell.op} on {cell.backend}: {cell.reason}"
-        return None
-
-
-REFERENCE = Column("reference")
-COLUMNS = [
-    Column(backend, capability)
-    for backend in BACKENDS
-    for capability in (cpp.CAPABILITIES if backend == "cpp" else (None,))
-]
 
 
 @dataclass(frozen=True)
@@ -289,8 +261,18 @@ def kept_places(case: Case, name: str, sizes: tuple[int, ...], step: int) -> Ten
 
 
 @functools.cache
-def gradients_of(case: Case, poisoned: bool = True) -> list[dict[str, Tensor | None]]:
+def gradients_of(
+    case: Case, poisoned: bool = True, device: torch.device = CPU
+) -> list[dict[str, Tensor | None]]:
     """Gradients by step and name; dropped places hold NaN and infinities, or else 0."""
+    if device != CPU:
+        return [
+            {
+                name: None if drawn is None else in_memory_of(drawn, device)
+                for name, drawn in step.items()
+            }
+            for step in gradients_of(case, poisoned)
+        ]
     counts = dict.fromkeys(SHAPES, case.first_step - 1)
     dtype = case.grad_dtype or case.dtype
     poison = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=dtype)
@@ -315,12 +297,12 @@ def gradients_of(case: Case, poisoned: bool = True) -> list[dict[str, Tensor | N
     return steps
 
 
-def make_parameters(case: Case) -> dict[str, Tensor]:
-    """The parameters of a case at their first values."""
+def make_parameters(case: Case, backend: str | None = None) -> dict[str, Tensor]:
+    """The parameters of a case at their first values, where a backend is tested."""
     parameters: dict[str, Tensor] = {}
     for name, shape in SHAPES.items():
         values = random_values(shape.sizes, case.dtype, "weight", name)
-        parameter = torch.nn.Parameter(shape.lay_out(values))
+        parameter = torch.nn.Parameter(placed(shape.lay_out(values), backend))
         if case.grad_dtype is not None:
             parameter.grad_dtype = case.grad_dtype
         parameters[name] = parameter
@@ -338,8 +320,8 @@ def one_group(parameters: dict[str, Tensor]) -> Any:
 def run(
     case: Case, backend: str | None, arrange: Arrangement = one_group, *, poisoned: bool = True
 ) -> dict[str, Tensor]:
-    """Every step of a case: all weights, the memory around them, and all state, by name."""
-    parameters = make_parameters(case)
+    """Every step of a case: all weights, the memory around them, and all state, by name, on the CPU."""
+    parameters = make_parameters(case, backend)
     mask = children() if case.fixed_mask else None
     optimizer = FusedChildAdamW(
         arrange(parameters), **case.options(), child_mask=mask, seed=SEED, backend=backend
@@ -348,14 +330,14 @@ def run(
         optimizer.state[parameters[name]]["step"].fill_(case.first_step - 1)
     if case.layout is not None:
         lay_out_children(optimizer, case.layout)
-    for gradients in gradients_of(case, poisoned):
+    for gradients in gradients_of(case, poisoned, device_of(backend)):
         for name, gradient in gradients.items():
             parameters[name].grad = gradient
         optimizer.step()
     outcome = {}
     for name, parameter in parameters.items():
-        outcome[f"{name} weight"] = parameter.detach()
-        outcome[f"{name} storage"] = storage_of(parameter)
+        outcome[f"{name} weight"] = parameter.detach().cpu()
+        outcome[f"{name} storage"] = storage_of(parameter).cpu()
         for key, tensor in state_in_full(parameter, optimizer.state[parameter]).items():
             outcome[f"{name} {key}"] = tensor
     return outcome
@@ -367,12 +349,6 @@ def reference_outcome(case: Case) -> dict[str, Tensor]:
     return run(case, "reference")
 
 
-def storage_of(tensor: Tensor) -> Tensor:
-    """All elements of a tensor's memory, its gaps too."""
-    whole = torch.empty(0, dtype=tensor.dtype)
-    return whole.set_(tensor.detach().untyped_storage())
-
-
 _INTEGERS = {
     torch.float64: torch.int64,
     torch.float32: torch.int32,
@@ -382,18 +358,18 @@ _INTEGERS = {
 
 
 def bit_pattern(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers; NaN payloads are excluded, but bf16 has one NaN (SPEC.md)."""
+    """A tensor's bits as integers on the CPU; NaN payloads are excluded, but bf16 has one NaN (SPEC.md)."""
+    tensor = tensor.detach().cpu().contiguous()
     if tensor.dtype not in _INTEGERS:
         return tensor
-    tensor = tensor.detach().contiguous()
     if tensor.dtype != torch.bfloat16:
         tensor = torch.where(tensor.isnan(), torch.full_like(tensor, torch.nan), tensor)
     return tensor.view(_INTEGERS[tensor.dtype])
 
 
 def raw_bits(tensor: Tensor) -> Tensor:
-    """A tensor's bits as integers, NaN payloads included."""
-    return tensor.detach().contiguous().view(_INTEGERS[tensor.dtype])
+    """A tensor's bits as integers on the CPU, NaN payloads included."""
+    return tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.dtype])
 
 
 def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

@@ -23,9 +23,11 @@ def lay_out_children(optimizer: FusedChildAdamW, layout: str) -> None:
 
 
 def state_in_full(parameter: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state with a value for every weight; compact ones are spread out as dense ones would be."""
+    """A state on the CPU with a value for every weight; compact ones are spread out as dense ones are."""
+    parameter = parameter.detach().cpu()
+    state = {name: tensor.cpu() for name, tensor in state.items()}
     if "child_exp_avg" not in state:
-        return dict(state)
+        return state
     words = child_layout.mask_words(state, parameter.numel())
     assert words is not None
     child = ops.unpack_mask(words, parameter.shape, backend="reference")
@@ -35,6 +37,6 @@ def state_in_full(parameter: Tensor, state: Mapping[str, Tensor]) -> dict[str, T
             compact = state[f"child_{name}"]
             whole = torch.zeros(parameter.shape, dtype=compact.dtype)
             if name == "master_weight":
-                whole.copy_(parameter.detach())
+                whole.copy_(parameter)
             full[name] = whole.masked_scatter(child, compact)
     return full

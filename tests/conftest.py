@@ -1,9 +1,11 @@
-"""Fixtures that tests of several modules share."""
+"""Which columns of the table a run tests, and fixtures that tests of several modules share."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,77 @@ import torch
 from childtune_kernels import registry
 from childtune_kernels.backends import cpp
 
-from .cases import COLUMNS, REFERENCE, Column
+from .columns import COLUMNS, CPP, REFERENCE, TRITON, Column
+from .launch_record import LaunchRecord
+
+FIXTURES = ("column", "backend")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--column",
+        choices=registry.BACKENDS,
+        help="run the tests of this column alone, and no test without a column",
+    )
+    parser.addoption(
+        "--record",
+        type=Path,
+        metavar="FILE",
+        help="write to FILE how often each Triton kernel was launched, and how many tests passed",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if config.getoption("record") is not None:
+        config.pluginmanager.register(LaunchRecord(config.getoption("record")))
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Give a test the columns that this run tests and that have kernels of the test's ops."""
+    chosen = metafunc.config.getoption("column")
+    for fixture in FIXTURES:
+        if fixture not in metafunc.fixturenames or _is_given(fixture, metafunc):
+            continue
+        columns = [*([REFERENCE] if fixture == "backend" else []), *COLUMNS]
+        if chosen is not None:
+            everything = [REFERENCE, *CPP, TRITON]
+            columns = [column for column in everything if column.backend == chosen]
+        if metafunc.definition.get_closest_marker("threads"):
+            columns = [column for column in columns if column != TRITON]
+        ops = ops_of(metafunc.module)
+        columns = [column for column in columns if column.has_kernels_of(ops)]
+        metafunc.parametrize(fixture, columns, indirect=True, ids=str)
+
+
+def _is_given(fixture: str, metafunc: pytest.Metafunc) -> bool:
+    """Whether a mark of the test itself says what the fixture's value is."""
+    for mark in metafunc.definition.iter_markers("parametrize"):
+        names = mark.args[0].split(",") if isinstance(mark.args[0], str) else mark.args[0]
+        if fixture in (name.strip() for name in names):
+            return True
+    return False
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("column") is None:
+        return
+    chosen: list[pytest.Item] = []
+    others: list[pytest.Item] = []
+    for item in items:
+        given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
+        of_column = any(isinstance(given.get(fixture), Column) for fixture in FIXTURES)
+        (chosen if of_column else others).append(item)
+    config.hook.pytest_deselected(items=others)
+    items[:] = chosen
+
+
+def ops_of(module: Any) -> tuple[str, ...]:
+    """The ops a test module is about: tests/ops/ has a file an op, elsewhere OPS names them."""
+    name = module.__name__.rsplit(".", 1)[-1].removeprefix("test_")
+    own = tuple(op for op in registry.TABLE if name.startswith(op))
+    ops: tuple[str, ...] = getattr(module, "OPS", own)
+    assert ops, f"{module.__name__} has tests of columns: name its ops in OPS"
+    return ops
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -31,8 +103,9 @@ def _long_doubles_work() -> Iterator[None]:
     assert np.longdouble(1) / np.longdouble(4) == 0.25
 
 
-def _serve(column: Column, monkeypatch: pytest.MonkeyPatch) -> str:
-    absent = column.absent()
+def _serve(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    column: Column = request.param
+    absent = column.absent(ops_of(request.module))
     if absent is not None:
         pytest.skip(absent)
     if column.capability is not None:
@@ -40,16 +113,16 @@ def _serve(column: Column, monkeypatch: pytest.MonkeyPatch) -> str:
     return column.backend
 
 
-@pytest.fixture(params=COLUMNS, ids=str)
+@pytest.fixture
 def column(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The backend of each column but the reference, its instruction set forced."""
-    return _serve(request.param, monkeypatch)
+    return _serve(request, monkeypatch)
 
 
-@pytest.fixture(params=[REFERENCE, *COLUMNS], ids=str)
+@pytest.fixture
 def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """The backend of each column, its instruction set forced."""
-    return _serve(request.param, monkeypatch)
+    return _serve(request, monkeypatch)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ from torch.nn import functional
 from childtune_kernels import FisherAccumulator
 
 from .cases import generator_of
+from .columns import CPU
 
 CLASSES = 3
 EXCLUDED = ("*embeddings*", "classifier*")
@@ -39,16 +40,17 @@ class Classifier(nn.Module):
         return logits
 
 
-def data(count: int = 8) -> tuple[Tensor, Tensor]:
+def data(count: int = 8, device: torch.device = CPU) -> tuple[Tensor, Tensor]:
     """Tokens and classes of some examples."""
     generator = generator_of("data", count)
     tokens = torch.randint(11, (count, 4), generator=generator)
-    return tokens, torch.randint(CLASSES, (count,), generator=generator)
+    classes = torch.randint(CLASSES, (count,), generator=generator)
+    return tokens.to(device), classes.to(device)
 
 
-def examples(count: int = 8) -> list[tuple[Tensor, Tensor]]:
+def examples(count: int = 8, device: torch.device = CPU) -> list[tuple[Tensor, Tensor]]:
     """The same, one by one, with a first dimension of 1."""
-    tokens, classes = data(count)
+    tokens, classes = data(count, device)
     return [(tokens[at : at + 1], classes[at : at + 1]) for at in range(count)]
 
 
@@ -62,7 +64,7 @@ def squares_by_loop(
 ) -> dict[str, Tensor]:
     """fp32 sums of squares of every trainable parameter, operation by operation."""
     named = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    sums = {name: torch.zeros(parameter.shape) for name, parameter in named.items()}
+    sums = {name: torch.zeros_like(p, dtype=torch.float32) for name, p in named.items()}
     for batch in batches:
         gradients = torch.autograd.grad(loss(model, batch), list(named.values()), allow_unused=True)
         for total, gradient in zip(sums.values(), gradients, strict=True):
@@ -82,7 +84,8 @@ def assert_equal_sums(found: Any, expected: dict[str, Tensor]) -> None:
 def recorded(model: nn.Module, count: int = 8, **options: Any) -> FisherAccumulator:
     """An accumulator that has recorded some examples one by one."""
     fisher = FisherAccumulator(model, **options)
+    device = next(model.parameters()).device
     with fisher.recording():
-        for example in examples(count):
+        for example in examples(count, device):
             loss_of(model, example).backward()
     return fisher

@@ -12,11 +12,13 @@ from torch.nn import Parameter
 
 from childtune_kernels import ChildMask, FusedChildAdamW, child_layout
 from tests.child_states import LAYOUTS, lay_out_children, state_in_full
+from tests.columns import placed
 from tests.snapshots import assert_identical, untouched, weights_and_state
 from tests.toy_parameters import give_gradients, random_tensor, toy_mask, toy_parameters, train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+OPS = ("child_adamw",)
 NUMEL = 70_001  # two stretches of indices, eighteen of words, a tail
 NAME = "layer.weight"
 ONE_BIT = 1 / NUMEL
@@ -34,14 +36,14 @@ def child_of(density: float, run: int = 1) -> Tensor:
     ]
 
 
-def weight(dtype: torch.dtype) -> dict[str, Parameter]:
-    return {NAME: Parameter(random_tensor((NUMEL,), 3, dtype))}
+def weight(dtype: torch.dtype, backend: str | None = None) -> dict[str, Parameter]:
+    return {NAME: Parameter(placed(random_tensor((NUMEL,), 3, dtype), backend))}
 
 
 def outcome(parameters: Mapping[str, Parameter], optimizer: FusedChildAdamW) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, parameter in parameters.items():
-        found[f"{name} weight"] = parameter.detach().clone()
+        found[f"{name} weight"] = parameter.detach().cpu().clone()
         for key, tensor in state_in_full(parameter, optimizer.state[parameter]).items():
             found[f"{name} {key}"] = tensor.clone()
     return found
@@ -66,7 +68,7 @@ def test_compact_equals_dense_at_every_density(
         ("compact", None),
         *(("compact", at) for at in LAYOUTS),
     ]:
-        parameters = weight(dtype)
+        parameters = weight(dtype, column)
         optimizer = FusedChildAdamW(
             parameters.items(), lr=0.1, weight_decay=0.3, child_mask=mask, child_state=child_state,
             reserve_p=0.7, seed=4, backend=column,

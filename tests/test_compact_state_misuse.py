@@ -18,8 +18,11 @@ from torch.nn import Parameter
 
 from childtune_kernels import ChildMask, FusedChildAdamW, apply_child, child_diff, save_child
 from tests.child_states import LAYOUTS, lay_out_children
+from tests.columns import placed
 from tests.snapshots import assert_identical, untouched, weights_and_state
 from tests.toy_parameters import random_tensor, toy_mask, toy_parameters, train
+
+OPS = ("child_adamw",)
 
 
 def compact(
@@ -251,14 +254,14 @@ def test_decay_beside_runs_that_are_cut_into_units(dtype: torch.dtype, column: s
         child[start:end] = True
     outcomes = []
     for child_state in ("dense", "compact"):
-        parameter = Parameter(random_tensor((40_000,), 1, dtype))
+        parameter = Parameter(placed(random_tensor((40_000,), 1, dtype), column))
         optimizer = FusedChildAdamW(
             [("w", parameter)], lr=0.1, weight_decay=0.5, freeze_non_child=False, backend=column,
             child_mask=ChildMask.from_dense({"w": child}), child_state=child_state, master_weight="none",
         )  # fmt: skip
         assert ("child_runs" in optimizer.state[parameter]) == (child_state == "compact")
         for step in range(3):
-            parameter.grad = random_tensor((40_000,), 5 + step, dtype)
+            parameter.grad = placed(random_tensor((40_000,), 5 + step, dtype), column)
             optimizer.step()
         outcomes.append({"w": parameter.detach()})
     assert_identical(*outcomes)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from childtune_kernels import FisherAccumulator, FusedChildAdamW, ops, registry, select_child
 
+from .columns import device_of
 from .fisher_models import (
     DENSE,
     ENCODER,
@@ -28,15 +29,18 @@ from .fisher_models import (
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+OPS = ("fisher_accumulate",)
+
 
 # Sums, counts and values
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_sums_are_those_of_a_loop(dtype: torch.dtype, backend: str) -> None:
-    model = Classifier(dtype)
+    device = device_of(backend)
+    model = Classifier(dtype).to(device)
     fisher = recorded(model, backend=backend)
-    assert_equal_sums(fisher.sums, squares_by_loop(model, examples()))
+    assert_equal_sums(fisher.sums, squares_by_loop(model, examples(device=device)))
     assert all(total.dtype == torch.float32 for total in fisher.sums.values())
     assert (fisher.records, fisher.examples, fisher.kind) == (8, 8, "per example")
     assert fisher.without_gradient == []
@@ -272,12 +276,13 @@ def test_train_mode_draws_one_warning(layer: nn.Module) -> None:
 
 
 def test_inference_mode_and_default_devices_do_not_matter(backend: str) -> None:
-    model = Classifier()
-    squares, batch = squares_by_loop(model, examples()), data()
+    device = device_of(backend)
+    model = Classifier().to(device)
+    squares, batch = squares_by_loop(model, examples(device=device)), data(device=device)
     with torch.inference_mode():
         fisher = FisherAccumulator(model, backend=backend)
     with fisher.recording():
-        for example in examples():
+        for example in examples(device=device):
             loss_of(model, example).backward()
     with torch.device("meta"):
         again = FisherAccumulator(model, backend=backend)

@@ -23,8 +23,10 @@ from childtune_kernels import ChildMask, FusedChildAdamW
 from childtune_kernels.backends.reference.square_root import square_root
 
 from .cases import SEED, generator_of, random_values, raw_bits
+from .columns import placed
 from .ops.transcription import keep_bits, key_of
 
+OPS = ("child_adamw",)
 STEPS = 20
 NAME = "layer.weight"
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -61,18 +63,21 @@ def kept(reserve_p: float) -> list[Tensor]:
     ]
 
 
-def trained(make: MakeOptimizer, dtype: torch.dtype, reserve_p: float = 1.0) -> Tensor:
+def trained(
+    make: MakeOptimizer, dtype: torch.dtype, reserve_p: float = 1.0, backend: str | None = None
+) -> Tensor:
     """The weights after all steps, in fp64; ``reserve_p`` masks gradients before they are given."""
     start, gradients = start_and_gradients()
-    parameter = torch.nn.Parameter(start.to(dtype, copy=True))
+    parameter = torch.nn.Parameter(placed(start.to(dtype, copy=True), backend))
     optimizer = make([parameter])
     for step, gradient in enumerate(gradients):
-        parameter.grad = gradient.to(dtype)
+        gradient = gradient.to(dtype)
         if reserve_p < 1:
-            scaled = parameter.grad * (1 / reserve_p)
-            parameter.grad = torch.where(kept(reserve_p)[step], scaled, torch.zeros_like(scaled))
+            scaled = gradient * (1 / reserve_p)
+            gradient = torch.where(kept(reserve_p)[step], scaled, torch.zeros_like(scaled))
+        parameter.grad = placed(gradient, backend)
         optimizer.step()
-    return parameter.detach().double()
+    return parameter.detach().cpu().double()
 
 
 @functools.cache
@@ -87,7 +92,9 @@ def torch_runs(setting: str) -> tuple[Tensor, Tensor]:
 
 def ours(backend: str, dtype: torch.dtype, **options: Any) -> Tensor:
     """The weights that FusedChildAdamW makes, in fp64."""
-    return trained(lambda w: FusedChildAdamW(w, backend=backend, seed=SEED, **options), dtype)
+    return trained(
+        lambda w: FusedChildAdamW(w, backend=backend, seed=SEED, **options), dtype, backend=backend
+    )
 
 
 def distances(setting: str, backend: str, **changed: Any) -> tuple[float, float, float, float]:
@@ -173,7 +180,7 @@ def check_original_convention(backend: str) -> None:
             "correct_bias": correct_bias,
             "reserve_p": reserve_p,
         }
-        parameter = torch.nn.Parameter(start.clone())
+        parameter = torch.nn.Parameter(placed(start.clone(), backend))
         mask = ChildMask.from_dense({NAME: child}) if masked else None
         optimizer = FusedChildAdamW(
             [(NAME, parameter)], convention="original", child_mask=mask, seed=SEED, backend=backend,
@@ -181,7 +188,7 @@ def check_original_convention(backend: str) -> None:
         )  # fmt: skip
         keep = []
         for step, gradient in enumerate(gradients, 1):
-            parameter.grad = gradient
+            parameter.grad = placed(gradient, backend)
             optimizer.step()
             bits = keep_bits(range(numel), key_of(SEED, NAME), step, round(reserve_p * 2**32))
             keep.append(torch.tensor(bits) & (child | (not masked)))
@@ -190,7 +197,8 @@ def check_original_convention(backend: str) -> None:
             _original(weight, own, options, keeps)
             for weight, own, keeps in zip(start.tolist(), *columns, strict=True)
         ]
-        distance = (parameter.detach() - torch.tensor(expected, dtype=torch.float64)).abs().max()
+        exact = torch.tensor(expected, dtype=torch.float64)
+        distance = (parameter.detach().cpu() - exact).abs().max()
         assert distance <= 1e-12, (correct_bias, reserve_p, masked)
 
 
@@ -217,15 +225,16 @@ def check_small_decay(backend: str) -> None:
     """
     weights = (1 + torch.arange(50_000) / 50_000).repeat(4)
     weights *= torch.tensor([1.0, -1.0, 2.0**-20, 2.0**20]).repeat_interleave(50_000)
-    parameter = torch.nn.Parameter(weights.clone())
+    parameter = torch.nn.Parameter(placed(weights.clone(), backend))
     optimizer = FusedChildAdamW([parameter], lr=1e-5, weight_decay=1e-2, backend=backend)
     parameter.grad = torch.zeros_like(parameter)
     optimizer.step()
     exact = weights.double() - 1e-7 * weights.double()
     _, exponent = torch.frexp(weights.double())
     place = (exponent - 24).double().exp2()
-    assert ((parameter.detach().double() - exact).abs() <= 0.5001 * place).all()
-    assert (parameter.detach() != weights).all()
+    found = parameter.detach().cpu()
+    assert ((found.double() - exact).abs() <= 0.5001 * place).all()
+    assert (found != weights).all()
 
 
 def test_small_decay(backend: str) -> None:
@@ -302,8 +311,8 @@ def one_step(
     weight: float, gradient: float, dtype: torch.dtype, backend: str, **options: Any
 ) -> tuple[float, float, float]:
     """Weight, exp_avg and exp_avg_sq of one element after its first step."""
-    parameter = torch.nn.Parameter(torch.tensor([weight], dtype=dtype))
-    parameter.grad = torch.tensor([gradient], dtype=dtype)
+    parameter = torch.nn.Parameter(placed(torch.tensor([weight], dtype=dtype), backend))
+    parameter.grad = torch.full_like(parameter, gradient)
     optimizer = FusedChildAdamW([parameter], lr=0.1, backend=backend, **options)
     optimizer.step()
     state = optimizer.state[parameter]

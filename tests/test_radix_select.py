@@ -10,7 +10,9 @@ from childtune_kernels import ops, radix_select, select_child
 from childtune_kernels.radix_select import Place, place_of
 
 from .cases import generator_of
+from .columns import placed
 
+OPS = ("topk_select",)
 NUMEL = 40_000
 
 
@@ -74,7 +76,7 @@ def test_a_bracket_finds_what_sorting_finds(
         key = int(keys[k - 1])
         first = int((keys == key).nonzero()[0])
         expected = Place(key, k - first, int((keys == key).sum()))
-        assert place_of(_parts(SCORES[scores]), k, largest, backend) == expected
+        assert place_of(_parts(placed(SCORES[scores], backend)), k, largest, backend) == expected
     assert len(bracketed) == len(RANKS)
     # A sample of 256 has nothing to say of the first and the last few.
     assert [place is None for place in bracketed] == [k in RANKS[:2] + RANKS[-2:] for k in RANKS]
@@ -89,14 +91,15 @@ def test_a_sample_that_misleads_costs_time_alone(
     scores[::stride] += 1000  # the sample sees nothing else
     k = NUMEL // 3
     expected = scores.sort(descending=largest).values[k - 1]
-    place = place_of({"w": scores}, k, largest, backend)
+    place = place_of({"w": placed(scores, backend)}, k, largest, backend)
     assert radix_select.value_of(place.key) == float(expected)
     assert bracketed == [None]
 
 
 def test_few_scores_are_not_sampled(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(radix_select, "_place_in_bracket", None)
-    assert place_of({"w": torch.ones(70)}, 3, True, backend) == Place(0x3F800000, 3, 70)
+    ones = placed(torch.ones(70), backend)
+    assert place_of({"w": ones}, 3, True, backend) == Place(0x3F800000, 3, 70)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
@@ -106,10 +109,12 @@ def test_what_has_no_order_is_named(
 ) -> None:
     scores = _spread(NUMEL)
     scores[at] = bad
+    fisher = {"v": placed(_spread(100), backend), "w": placed(scores, backend)}
     with pytest.raises(ValueError, match=rf"Fisher information of w: {bad} at element {at} "):
-        select_child({"v": _spread(100), "w": scores}, reserve_p=0.3, backend=backend)
+        select_child(fisher, reserve_p=0.3, backend=backend)
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("threads", [1, 2, 3])
 def test_thread_counts_change_nothing(
     threads: int, column: str, bracketed: list[Place | None]

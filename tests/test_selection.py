@@ -18,10 +18,12 @@ from childtune_kernels import ChildMask, random_child, select_child
 from childtune_kernels.selection import child_size
 
 from .cases import generator_of
+from .columns import placed
 from .ops import transcription
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
+OPS = ("topk_select", "bitmask")
 SUBNORMAL = 1e-45
 
 
@@ -91,7 +93,7 @@ VALUES: dict[str, Tensor] = {
 @pytest.mark.parametrize("values", VALUES)
 @pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
 def test_selection_is_a_stable_sort(values: str, largest: bool, backend: str) -> None:
-    fisher = split(VALUES[values], *SIZES)
+    fisher = split(placed(VALUES[values], backend), *SIZES)
     assert list(fisher) != sorted(fisher)
     for k in (1, 2, 137, 350, NUMEL - 1, NUMEL):
         check_selection(fisher, k, largest, backend)
@@ -113,7 +115,7 @@ _SCORES = st.one_of(
 def test_any_split(backend: str, parts: list[list[float]], data: st.DataObject) -> None:
     names = data.draw(st.permutations([f"layer.{at}" for at in range(len(parts))]))
     fisher = {
-        name: torch.tensor(part, dtype=torch.float32)
+        name: placed(torch.tensor(part, dtype=torch.float32), backend)
         for name, part in zip(names, parts, strict=True)
     }
     numel = sum(map(len, parts))
@@ -143,7 +145,7 @@ def test_the_size_of_a_child_is_exact(p: float, numel: int, k: int) -> None:
 
 
 def test_nothing_to_select_from(backend: str) -> None:
-    empty = {"a": torch.zeros(0), "b": torch.zeros(3, 0)}
+    empty = {"a": placed(torch.zeros(0), backend), "b": placed(torch.zeros(3, 0), backend)}
     for options in ({}, {"scope": "tensor"}, {"granularity": 64}, {"rule": "percentile"}):
         mask = select_child(empty, reserve_p=0.3, backend=backend, dense=["head"], **options)
         assert mask.numel() == mask.count() == 0
@@ -155,7 +157,7 @@ def test_nothing_to_select_from(backend: str) -> None:
 
 
 def test_scope_tensor_is_each_by_itself(backend: str) -> None:
-    fisher = split(VALUES["squares of many sizes"], *SIZES)
+    fisher = split(placed(VALUES["squares of many sizes"], backend), *SIZES)
     mask = select_child(fisher, reserve_p=0.1, scope="tensor", backend=backend)
     for name, values in fisher.items():
         k = child_size(0.1, values.numel())
@@ -169,7 +171,8 @@ def test_scope_tensor_is_each_by_itself(backend: str) -> None:
 @pytest.mark.parametrize("granularity", [32, 64, 128, 1024])
 @pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
 def test_granularity_is_its_definition(granularity: int, largest: bool, backend: str) -> None:
-    fisher = split(VALUES["80 % zeros"], 333, 0, 64, 1, 302) | {"tail": torch.rand(1057)}
+    fisher = split(placed(VALUES["80 % zeros"], backend), 333, 0, 64, 1, 302)
+    fisher["tail"] = placed(torch.rand(1057), backend)
     starts = {name: range(0, values.numel(), granularity) for name, values in fisher.items()}
     by_run = {
         name: torch.from_numpy(transcription.run_scores(values.tolist(), granularity))
@@ -193,13 +196,13 @@ def test_granularity_is_its_definition(granularity: int, largest: bool, backend:
 
 
 def test_equal_runs_follow_their_position(backend: str) -> None:
-    fisher = {"b": torch.ones(100), "a": torch.ones(64)}
+    fisher = {"b": placed(torch.ones(100), backend), "a": placed(torch.ones(64), backend)}
     mask = select_child(fisher, k=3, granularity=32, backend=backend)
     assert chosen(mask) == [("b", element) for element in range(96)]
 
 
 def test_wrapped_names_and_shapes(backend: str) -> None:
-    values = torch.rand(3, 4, 5)
+    values = placed(torch.rand(3, 4, 5), backend)
     mask = select_child({"module._orig_mod.w": values}, k=7, dense=["module.head"], backend=backend)
     assert mask.names == ["w", "head"]
     assert mask.shapes["w"] == (3, 4, 5)
@@ -208,13 +211,13 @@ def test_wrapped_names_and_shapes(backend: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_short_types_are_ordered_by_their_values(dtype: torch.dtype, backend: str) -> None:
-    fisher = {name: part.to(dtype) for name, part in split(VALUES["random"], *SIZES).items()}
+    fisher = split(placed(VALUES["random"].to(dtype), backend), *SIZES)
     for k in (1, 300):
         check_selection(fisher, k, True, backend)
 
 
 def test_any_layout_is_read_row_major(backend: str) -> None:
-    whole = torch.rand(9, 8, 10, generator=generator_of("layout"))
+    whole = placed(torch.rand(9, 8, 10, generator=generator_of("layout")), backend)
     views = {"t": whole.permute(2, 0, 1), "s": whole[::2, :, 3:], "p": torch.nn.Parameter(whole)}
     before = whole.clone()
     plain = {name: view.detach().contiguous() for name, view in views.items()}
@@ -231,7 +234,14 @@ def test_any_layout_is_read_row_major(backend: str) -> None:
 def test_what_has_no_order_is_named(bad: float, shown: str, granularity: int, backend: str) -> None:
     values = torch.rand(100)
     values[70] = bad
-    fisher = {"fine": torch.rand(200), "module.bad.weight": values, "late": values.clone()}
+    fisher = {
+        name: placed(each, backend)
+        for name, each in (
+            ("fine", torch.rand(200)),
+            ("module.bad.weight", values),
+            ("late", values),
+        )
+    }
     for rule in ["exact", "percentile"][: 2 if granularity == 1 else 1]:
         message = rf"Fisher information of bad\.weight: {shown}\S* at element 70 \(1 such"
         with pytest.raises(ValueError, match=message):
@@ -239,7 +249,8 @@ def test_what_has_no_order_is_named(bad: float, shown: str, granularity: int, ba
 
 
 def test_a_run_that_overflows_is_named(backend: str) -> None:
-    fisher = {"fine": torch.full((64,), 3e38), "big": torch.full((32,), 3e38)}
+    large = placed(torch.full((64,), 3e38), backend)
+    fisher = {"fine": large, "big": large[:32].clone()}
     fisher["fine"][1:32] = fisher["fine"][33:] = 0
     with pytest.raises(ValueError, match="of big: the sum over a run of 32 elements overflows"):
         select_child(fisher, k=1, granularity=32, backend=backend)
@@ -248,7 +259,7 @@ def test_a_run_that_overflows_is_named(backend: str) -> None:
 
 @pytest.mark.parametrize(("granularity", "nonzero"), [(1, 40), (32, 2)])
 def test_a_child_of_zeros_is_warned_of(granularity: int, nonzero: int, backend: str) -> None:
-    fisher = {"a": torch.zeros(320), "b": torch.ones(40)}
+    fisher = {"a": placed(torch.zeros(320), backend), "b": placed(torch.ones(40), backend)}
     options: dict[str, Any] = {"granularity": granularity, "backend": backend}
     message = f"k={nonzero + 3} is more than the {nonzero} non-zero values"
     with pytest.warns(UserWarning, match=message) as caught:
@@ -321,6 +332,7 @@ def test_tensors_are_refused(fisher: Any, message: str) -> None:
         select_child(fisher, k=1)
 
 
+@pytest.mark.threads
 def test_thread_counts_change_nothing(backend: str) -> None:
     values = torch.rand(200_000, generator=generator_of("threads")).mul(5000).floor()
     fisher = split(values, 70_001, 0, 65_536, 64_463)
@@ -336,12 +348,13 @@ def test_thread_counts_change_nothing(backend: str) -> None:
 
 @pytest.mark.parametrize("values", VALUES)
 def test_the_percentile_rule_is_numpys(values: str, backend: str) -> None:
-    fisher = split(VALUES[values], *SIZES)
+    fisher = split(placed(VALUES[values], backend), *SIZES)
     wide = VALUES[values].double().numpy()
     for p in (1.0, 0.999, 0.9, 0.5, 0.3, 0.25, 0.1, 0.0015, 1e-6, 1e-18):
         mask = select_child(fisher, reserve_p=p, rule="percentile", backend=backend)
         kept = torch.from_numpy(wide >= np.percentile(wide, 100 * (1 - p)))
-        assert torch.equal(torch.cat([mask.dense(name).flatten() for name in fisher]), kept)
+        found = torch.cat([mask.dense(name).flatten() for name in fisher])
+        assert torch.equal(found.cpu(), kept)
 
 
 def test_the_percentile_rule_keeps_everything_where_most_is_zero() -> None:
@@ -367,7 +380,7 @@ def test_percentiles_that_rounding_moves_off_a_value() -> None:
 
 
 def test_default_devices_and_types_change_nothing(backend: str) -> None:
-    fisher = split(VALUES["80 % zeros"], *SIZES)
+    fisher = split(placed(VALUES["80 % zeros"], backend), *SIZES)
     options: list[dict[str, Any]] = [
         {}, {"granularity": 32}, {"rule": "percentile"}, {"scope": "tensor"}
     ]  # fmt: skip

@@ -14,7 +14,9 @@ import torch
 from childtune_kernels import FusedChildAdamW, lr_for
 
 from .cases import generator_of
+from .columns import device_of, placed
 
+OPS = ("child_adamw",)
 ETA, BATCH, SIGMA, KEEP = 0.1, 16, 0.5, 0.3
 DECAY = 0.05
 VARIANCES = {0.0: 5.21e-4, 1.0: 2.385e-2, -2.0: 9.385e-2}
@@ -46,7 +48,8 @@ def z_scores(mean: float, backend: str, numel: int = 200_000) -> tuple[float, fl
     which no mask reaches, moves every weight of 1 by DECAY.
     """
     eps = 1e9
-    weight = torch.nn.Parameter(torch.ones(numel, dtype=torch.float64))
+    ones = torch.ones(numel, dtype=torch.float64, device=device_of(backend))
+    weight = torch.nn.Parameter(ones)
     optimizer = FusedChildAdamW(
         [(f"mean{mean}", weight)], lr=ETA * eps, betas=(0.0, 0.0), eps=eps,
         weight_decay=DECAY / (ETA * eps), reserve_p=KEEP, seed=2021, backend=backend,
@@ -54,7 +57,7 @@ def z_scores(mean: float, backend: str, numel: int = 200_000) -> tuple[float, fl
     samples = torch.randn(
         BATCH, numel, generator=generator_of("theorem", mean), dtype=torch.float64
     )
-    ((samples * SIGMA + mean) @ weight).mean().backward()
+    (placed(samples * SIGMA + mean, backend) @ weight).mean().backward()
     optimizer.step()
     update = weight.detach() - (1 - DECAY)
     expected, variance, fourth = theorem_moments(mean)
@@ -91,7 +94,8 @@ def movement(p: float, lr: float, backend: str, *, numel: int, warm: int, steps:
     Decay comes on top, whatever the mask: it moves a weight of 1 by half a learning rate here, and is
     taken off. The learning rates are so small that the weights stay near 1.
     """
-    weight = torch.nn.Parameter(torch.ones(numel, dtype=torch.float64))
+    ones = torch.ones(numel, dtype=torch.float64, device=device_of(backend))
+    weight = torch.nn.Parameter(ones)
     optimizer = FusedChildAdamW(
         [("constant", weight)], lr=lr, weight_decay=0.5, reserve_p=p, seed=5, backend=backend
     )

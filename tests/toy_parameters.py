@@ -51,7 +51,7 @@ def give_gradients(parameters: Mapping[str, Parameter], step: int) -> None:
     """New gradients, which depend on name and step only."""
     for name, parameter in parameters.items():
         seed = 1000 * step + sum(name.encode())
-        parameter.grad = random_tensor(parameter.shape, seed, parameter.dtype)
+        parameter.grad = random_tensor(parameter.shape, seed, parameter.dtype).to(parameter.device)
 
 
 def train(optimizer: Optimizer, parameters: Mapping[str, Parameter], steps: Iterable[int]) -> None:

@@ -27,6 +27,7 @@ from ..cases import (
     reference_outcome,
     run,
 )
+from ..columns import device_of, placed
 
 EVERY_MASK = [
     Case("fp32_everything", reserve_p=0.3, fixed_mask=True, freeze_non_child=False),
@@ -61,7 +62,7 @@ def test_gradients_are_only_read(case: Case, column: str) -> None:
               for step in gradients_of(case)]  # fmt: skip
     for backend in (column, "reference"):
         run(case, backend)
-        for old, new in zip(before, gradients_of(case), strict=True):
+        for old, new in zip(before, gradients_of(case, True, device_of(backend)), strict=True):
             for name, gradient in old.items():
                 current = new[name]
                 if gradient is not None and current is not None:
@@ -100,6 +101,7 @@ def _large(backend: str, threads: int, dtype: torch.dtype, **options: Any) -> di
     }
 
 
+@pytest.mark.threads
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("mask", ["none", "dense", "compact", "compact without Bernoulli"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -150,7 +152,7 @@ _SPECIAL = [
 def _specials(dtype: torch.dtype, backend: str, **options: Any) -> dict[str, Tensor]:
     """Two steps on every pair (weight, gradient) of special values, after moments of special values."""
     combined = torch.tensor(list(itertools.product(_SPECIAL, repeat=2)), dtype=torch.float64)
-    parameter = torch.nn.Parameter(combined[:, 0].to(dtype))
+    parameter = torch.nn.Parameter(placed(combined[:, 0].to(dtype), backend))
     optimizer = FusedChildAdamW([("special", parameter)], seed=SEED, backend=backend, **options)
     state = optimizer.state[parameter]
     order = torch.randperm(len(combined), generator=generator_of("order", dtype))
@@ -158,7 +160,7 @@ def _specials(dtype: torch.dtype, backend: str, **options: Any) -> dict[str, Ten
     state["exp_avg_sq"].copy_(combined[order, 1].abs())
     outcome = {}
     for step in range(2):
-        parameter.grad = combined[:, 1].to(dtype)
+        parameter.grad = placed(combined[:, 1].to(dtype), backend)
         optimizer.step()
         outcome[f"{step} weight"] = parameter.detach().clone()
         outcome |= {f"{step} {key}": tensor.clone() for key, tensor in state.items()}
@@ -188,14 +190,14 @@ def test_random_bit_patterns(dtype: torch.dtype, column: str) -> None:
         return bits.to(integers).view(dtype)
 
     def stepped(backend: str) -> dict[str, Tensor]:
-        parameter = torch.nn.Parameter(drawn("weight"))
+        parameter = torch.nn.Parameter(placed(drawn("weight"), backend))
         optimizer = FusedChildAdamW(
             [("any", parameter)], reserve_p=0.5, seed=SEED, backend=backend, weight_decay=0.3
         )
         state = optimizer.state[parameter]
         state["exp_avg"].copy_(drawn("exp_avg"))
         state["exp_avg_sq"].copy_(drawn("exp_avg_sq").abs())
-        parameter.grad = drawn("gradient")
+        parameter.grad = placed(drawn("gradient"), backend)
         optimizer.step()
         return {"weight": parameter.detach(), **state}
 
@@ -211,9 +213,10 @@ def test_every_16_bit_weight_is_widened_and_narrowed(dtype: torch.dtype, column:
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
 
     def stepped(backend: str, lr: float) -> Tensor:
-        parameter = torch.nn.Parameter(every.clone())
+        parameter = torch.nn.Parameter(placed(every.clone(), backend))
         optimizer = FusedChildAdamW([parameter], lr, master_weight="none", backend=backend)
-        parameter.grad = torch.where(torch.arange(2**16) % 3 == 0, 1.0, -1.0).to(dtype)
+        gradient = torch.where(torch.arange(2**16) % 3 == 0, 1.0, -1.0).to(dtype)
+        parameter.grad = placed(gradient, backend)
         optimizer.step()
         return parameter.detach()
 

@@ -27,6 +27,7 @@ from ..cases import (
     run,
 )
 from ..child_states import state_in_full
+from ..columns import placed
 from . import transcription
 from .transcription import Element, Options, adamw_step, keep_bits, key_of
 
@@ -46,7 +47,7 @@ def half_child(numel: int) -> Tensor:
 def made(start: Tensor, backend: str, **options: Any) -> tuple[Tensor, FusedChildAdamW]:
     """A parameter at ``start`` (a copy) and its optimizer, with dense state if nothing else is said."""
     options.setdefault("child_state", "dense")
-    parameter = torch.nn.Parameter(start.clone())
+    parameter = torch.nn.Parameter(placed(start.clone(), backend))
     child = options.pop("child", None)
     mask = None if child is None else ChildMask.from_dense({NAME: child})
     optimizer = FusedChildAdamW(
@@ -108,7 +109,7 @@ def check_transcription(backend: str) -> None:
             gradient = gradient.roll(3 * step)
             threshold = round(options.reserve_p * 2**32)
             keep = np.array(keep_bits(range(numel), key_of(SEED, NAME), step, threshold))
-            parameter.grad = gradient
+            parameter.grad = placed(gradient, backend)
             optimizer.step()
             after = adamw_step(element, gradient.numpy(), step, options, keep)
             element = Element(
@@ -191,8 +192,9 @@ def check_frozen_weights(backend: str) -> None:
         state = state_in_full(parameter, optimizer.state[parameter])
         master = raw_bits(state["master_weight"]).clone() if dtype in HALVES else None
         for step in range(20):
-            parameter.grad = random_values((numel,), dtype, "frozen", step)
-            parameter.grad[~child] = torch.nan
+            gradient = random_values((numel,), dtype, "frozen", step)
+            gradient[~child] = torch.nan
+            parameter.grad = placed(gradient, backend)
             optimizer.step()
         assert torch.equal(raw_bits(parameter)[~child], raw_bits(start)[~child])
         state = state_in_full(parameter, optimizer.state[parameter])
@@ -201,7 +203,7 @@ def check_frozen_weights(backend: str) -> None:
         if master is not None:
             assert torch.equal(raw_bits(state["master_weight"])[~child], master[~child])
         usual = child & start.isfinite() & (start.abs() > 1e-3)
-        assert (parameter.detach() != start)[usual].float().mean() > 0.98
+        assert (parameter.detach().cpu() != start)[usual].float().mean() > 0.98
 
 
 def test_frozen_weights(backend: str) -> None:
@@ -222,12 +224,13 @@ def check_decay_outside_the_child(backend: str) -> None:
         )  # fmt: skip
         expected = start.clone()
         for step in range(5):
-            parameter.grad = random_values((numel,), torch.float32, "decay outside", step)
-            parameter.grad[~child] = torch.nan
+            gradient = random_values((numel,), torch.float32, "decay outside", step)
+            gradient[~child] = torch.nan
+            parameter.grad = placed(gradient, backend)
             optimizer.step()
             expected = expected - expected * (0.05 * 0.1)
         assert torch.equal(raw_bits(parameter)[~child], raw_bits(expected)[~child])
-        moved = (parameter.detach() != expected)[child & (start.abs() > 1e-3)]
+        moved = (parameter.detach().cpu() != expected)[child & (start.abs() > 1e-3)]
         assert moved.float().mean() > 0.9  # of the others every gradient was dropped
 
 
@@ -239,7 +242,10 @@ def check_skipped_parameters(backend: str) -> None:
     """Without a gradient nothing of a parameter changes, its step included; the others go on."""
     for dtype, reserve_p in itertools.product(DTYPES, (1.0, 0.5)):
         starts = {name: _with_payloads(dtype, 301) for name in ("never", "late", "every")}
-        parameters = {name: torch.nn.Parameter(start.clone()) for name, start in starts.items()}
+        parameters = {
+            name: torch.nn.Parameter(placed(start.clone(), backend))
+            for name, start in starts.items()
+        }
         optimizer = FusedChildAdamW(
             parameters.items(), 0.05, weight_decay=2.0, reserve_p=reserve_p, seed=1, backend=backend
         )
@@ -248,7 +254,7 @@ def check_skipped_parameters(backend: str) -> None:
             with_gradient = {"every"} if step % 2 == 0 else {"every", "late"}
             for name, parameter in parameters.items():
                 gradient = random_values((301,), dtype, "skipped", name, step)
-                parameter.grad = gradient if name in with_gradient else None
+                parameter.grad = placed(gradient, backend) if name in with_gradient else None
             before = {
                 f"{name} {key}": tensor.clone()
                 for name, parameter in parameters.items()
@@ -292,7 +298,7 @@ def check_master_is_an_fp32_copy(backend: str) -> None:
         copy, copy_optimizer = made(start.float(), backend, **options)
         child = settings.get("child", torch.ones(3001, dtype=torch.bool))
         for step in range(8):
-            stored.grad = random_values((3001,), dtype, "master", step)
+            stored.grad = placed(random_values((3001,), dtype, "master", step), backend)
             copy.grad = stored.grad.float()
             optimizer.step()
             copy_optimizer.step()
@@ -301,7 +307,7 @@ def check_master_is_an_fp32_copy(backend: str) -> None:
             assert torch.equal(raw_bits(master), raw_bits(copy)), step
             if step == 3:
                 _overwrite(stored, copy, child)
-        assert (master != stored.float()).float().mean() > 0.2
+        assert (master != stored.cpu().float()).float().mean() > 0.2
 
 
 def _overwrite(stored: Tensor, copy: Tensor, child: Tensor) -> None:
@@ -313,9 +319,10 @@ def _overwrite(stored: Tensor, copy: Tensor, child: Tensor) -> None:
     # Weights that are written as they are keep the exact master.
     changed = places & (raw_bits(fresh) != raw_bits(stored))
     assert changed.sum() > 400
+    written, where = fresh[changed].to(stored.device), changed.to(stored.device)
     with torch.no_grad():
-        stored[changed] = fresh[changed]
-        copy[changed] = fresh[changed].float()
+        stored[where] = written
+        copy[where] = written.float()
         stored[1::3] = stored[1::3].clone()
 
 
@@ -333,14 +340,14 @@ def check_without_master(backend: str) -> None:
         copy, copy_optimizer = made(start.float(), backend, **options)
         assert not {"master_weight", "child_master_weight"} & optimizer.state[stored].keys()
         for step in range(5):
-            stored.grad = random_values((3001,), dtype, "no master", step)
+            stored.grad = placed(random_values((3001,), dtype, "no master", step), backend)
             copy.grad = stored.grad.float()
             optimizer.step()
             copy_optimizer.step()
             with torch.no_grad():
                 copy.copy_(copy.to(dtype))
             assert torch.equal(raw_bits(stored), raw_bits(copy.to(dtype))), step
-        assert (stored != start).float().mean() > 0.3
+        assert (stored.cpu() != start).float().mean() > 0.3
 
 
 def test_without_master(backend: str) -> None:

@@ -17,6 +17,7 @@ from childtune_kernels.step_plan import Row, StepPlan
 
 from ..cases import SEED, assert_same_bits, generator_of, random_values
 from ..child_states import state_in_full
+from ..columns import device_of, placed
 
 View = Callable[[Tensor], Tensor]
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -101,22 +102,23 @@ def stepped(
     offset: int = 0,
     group: dict[str, Any] = GROUP,
 ) -> dict[str, Tensor]:
-    """Steps on all shards in one plan; the whole weight and moments, put together again."""
+    """Steps on all shards in one plan; the whole weight and moments, put together again on the CPU."""
+    device = device_of(backend)
     child = torch.rand(tuple(sizes), generator=generator_of("shards")) < 0.6
     weight = random_values(sizes, dtype, "shards")
     rows = []
     for view, element_map in shards:
-        parameter = torch.nn.Parameter(_in_memory(view(weight), offset))
-        words = ops.pack_mask(view(child), backend="reference")
+        parameter = torch.nn.Parameter(placed(_in_memory(view(weight), offset), backend))
+        words = ops.pack_mask(view(child), backend="reference").to(device)
         state = state_tensors.initial_state(LABEL, parameter, words, group)
         for name in state.keys() - {"step"}:
             state[name] = _in_memory(state[name], offset)
         rows.append(Row(LABEL, parameter, state, 0, philox_key(SEED, LABEL), element_map))
-    plan = StepPlan(rows, [group], registry.choose("child_adamw", "cpu", backend))
+    plan = StepPlan(rows, [group], registry.choose("child_adamw", device, backend))
     for step in range(STEPS):
         gradient = random_values(sizes, dtype, "shards", step)
         for row, (view, _) in zip(rows, shards, strict=True):
-            row.parameter.grad = _in_memory(view(gradient), offset)
+            row.parameter.grad = placed(_in_memory(view(gradient), offset), backend)
         with torch.no_grad():
             plan.refresh()
             ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice, plan.kept)
@@ -131,7 +133,7 @@ def _joined(
     for row, (view, _) in zip(rows, shards, strict=True):
         state = state_in_full(row.parameter, row.state)
         state.pop("mask_words", None)
-        for name, tensor in {"weight": row.parameter.detach(), **state}.items():
+        for name, tensor in {"weight": row.parameter.detach().cpu(), **state}.items():
             if name == "step":
                 assert int(tensor) == STEPS
                 continue

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from childtune_kernels import ops, registry
 
-from ..cases import GUARD, SHAPES, assert_same_bits, generator_of, random_values, storage_of
+from ..cases import GUARD, SHAPES, assert_same_bits, generator_of, random_values
+from ..columns import device_of, placed, storage_of
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 SCALES = [1.0, 2.0**-16, 0.3]
@@ -23,7 +24,7 @@ SCALES = [1.0, 2.0**-16, 0.3]
 def accumulate(
     sums: Sequence[Tensor], gradients: Sequence[Tensor], backend: str, scale: float = 1.0
 ) -> None:
-    choice = registry.choose("fisher_accumulate", "cpu", backend)
+    choice = registry.choose("fisher_accumulate", device_of(backend), backend)
     ops.fisher_accumulate_(sums, gradients, choice, scale)
 
 
@@ -50,7 +51,9 @@ def sums_of(gradients: Sequence[Tensor]) -> list[Tensor]:
 def result(
     gradients: Sequence[Tensor], backend: str, scale: float = 1.0, times: int = 2
 ) -> dict[str, Tensor]:
-    sums = sums_of(gradients)
+    """The sums after gradients were added to them, both where the backend is tested."""
+    sums = [placed(total, backend) for total in sums_of(gradients)]
+    gradients = [placed(gradient, backend) for gradient in gradients]
     for _ in range(times):
         accumulate(sums, gradients, backend, scale)
     return {str(index): total for index, total in enumerate(sums)}
@@ -64,7 +67,7 @@ def reference_result(dtype: torch.dtype, scale: float) -> dict[str, Tensor]:
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("scale", SCALES)
 def test_every_column_equals_the_reference(column: str, dtype: torch.dtype, scale: float) -> None:
-    gradients = gradients_of(dtype)
+    gradients = [placed(gradient, column) for gradient in gradients_of(dtype)]
     before = [storage_of(gradient).clone() for gradient in gradients]
     assert_same_bits(result(gradients, column, scale), reference_result(dtype, scale))
     for gradient, stored in zip(gradients, before, strict=True):
@@ -82,10 +85,12 @@ def test_each_operation_rounds_once(backend: str, dtype: torch.dtype) -> None:
     expected = total.numpy() + (scale * squared).astype(np.float32)
     contracted = (total.double().numpy() + 0.3 * wide.astype(np.float64) ** 2).astype(np.float32)
     assert (expected != contracted).any()
-    accumulate([total], [gradient], backend, 0.3)
-    assert total.numpy().tobytes() == expected.tobytes()
+    total = placed(total, backend)
+    accumulate([total], [placed(gradient, backend)], backend, 0.3)
+    assert total.cpu().numpy().tobytes() == expected.tobytes()
 
 
+@pytest.mark.threads
 @pytest.mark.parametrize("threads", [1, 2, 3, 7])
 def test_threads_leave_the_same_bits(column: str, threads: int) -> None:
     gradients = [
@@ -139,9 +144,9 @@ def test_more_dimensions_than_registers_count(column: str) -> None:
 
 
 def test_nothing_beside_the_sums_is_written(column: str) -> None:
-    whole = torch.full((4096 + 37 + 6,), GUARD)
+    whole = placed(torch.full((4096 + 37 + 6,), GUARD), column)
     inside = whole[3:-3]
-    accumulate([inside], [torch.ones(4096 + 37)], column)
+    accumulate([inside], [torch.ones_like(inside)], column)
     assert (inside == GUARD + 1).all()
     assert (whole[:3] == GUARD).all()
     assert (whole[-3:] == GUARD).all()
@@ -149,16 +154,18 @@ def test_nothing_beside_the_sums_is_written(column: str) -> None:
 
 def test_nothing_to_do(backend: str) -> None:
     accumulate([], [], backend)
-    accumulate([torch.empty(0, 3)], [torch.empty(0, 3)], backend)
+    empty = placed(torch.empty(0, 3), backend)
+    accumulate([empty], [empty], backend)
 
 
 def test_a_negative_view_and_a_gradient_with_history(backend: str) -> None:
-    negative = torch.imag(torch.randn(70, dtype=torch.complex64, generator=generator_of(1)).conj())
+    drawn = torch.randn(70, dtype=torch.complex64, generator=generator_of(1))
+    negative = torch.imag(placed(drawn, backend).conj())
     assert negative.is_neg()
-    total = torch.zeros(70)
+    total = torch.zeros_like(negative)
     accumulate([total], [negative], backend)
     assert torch.equal(total, negative * negative)
-    weight = torch.ones(70, requires_grad=True)
+    weight = torch.ones_like(total, requires_grad=True)
     accumulate([total], [weight * 2], backend)
     assert not total.requires_grad
 

@@ -19,6 +19,7 @@ from childtune_kernels.backends.reference.philox import philox_words
 from childtune_kernels.labels import philox_key
 from childtune_kernels.plan_row import IndexMap, contiguous_map, strided_map
 
+from ..columns import device_of
 from . import transcription
 from .transcription import KEEP_ALL
 
@@ -64,6 +65,20 @@ def bits_of(words: Tensor, numel: int) -> list[bool]:
     bits = [bool(word >> position & 1) for word in unsigned for position in range(32)]
     assert not any(bits[numel:]), "bits are set past the end"
     return bits[:numel]
+
+
+def kept_words(
+    numel: int,
+    element_map: IndexMap,
+    key: int,
+    step: int,
+    threshold: int,
+    purpose: int,
+    backend: str,
+) -> Tensor:
+    """The op, where the backend is tested."""
+    device = device_of(backend)
+    return ops.keep_words(numel, element_map, key, step, threshold, purpose, device, backend)
 
 
 def table_rows(heading: str) -> list[list[str]]:
@@ -122,9 +137,7 @@ def test_worked_vectors_on_backends(
         (int(word, 16), False),
         (THRESHOLD, bool(keep)),
     ):
-        words = ops.keep_words(
-            101, element_map, philox_key(seed, label), step, threshold, backend=backend
-        )
+        words = kept_words(101, element_map, philox_key(seed, label), step, threshold, 0, backend)
         assert bits_of(words, 101)[element - start] is expected
 
 
@@ -135,8 +148,8 @@ def test_every_word_of_a_block(purpose: int, backend: str) -> None:
     for element in range(4):
         word = transcription.word_of(element, key, 9, purpose)
         for threshold in (word, word + 1):
-            words = ops.keep_words(
-                4, contiguous_map(4), joined_key(key), 9, threshold, purpose, backend=backend
+            words = kept_words(
+                4, contiguous_map(4), joined_key(key), 9, threshold, purpose, backend
             )
             assert bits_of(words, 4)[element] is (threshold == word + 1)
 
@@ -151,9 +164,7 @@ def found_bits(
     count: int, first: int, step: int, backend: str, threshold: int = THRESHOLD
 ) -> list[bool]:
     key = philox_key(3, "layer.weight")
-    words = ops.keep_words(
-        count, contiguous_map(count, first), key, step, threshold, backend=backend
-    )
+    words = kept_words(count, contiguous_map(count, first), key, step, threshold, 0, backend)
     return bits_of(words, count)
 
 
@@ -232,7 +243,7 @@ def test_any_element_map(
     elements = [transcription.mapped(local, *element_map) for local in range(numel)]
     halves = key & 0xFFFFFFFF, key >> 32
     expected = transcription.keep_bits(elements, halves, step, threshold, purpose)
-    words = ops.keep_words(numel, element_map, key, step, threshold, purpose, backend=backend)
+    words = kept_words(numel, element_map, key, step, threshold, purpose, backend)
     assert words.tolist() == transcription.packed(expected)
 
 
@@ -252,10 +263,8 @@ def test_maps_of_views_are_their_elements() -> None:
 
 def counted(p: float, key: int, step: int, backend: str, numel: int = 200_000) -> Tensor:
     """Keep bits as a bool tensor."""
-    words = ops.keep_words(
-        numel, contiguous_map(numel), key, step, round(p * 2**32), backend=backend
-    )
-    return ops.unpack_mask(words, (numel,), backend="reference")
+    words = kept_words(numel, contiguous_map(numel), key, step, round(p * 2**32), 0, backend)
+    return ops.unpack_mask(words.cpu(), (numel,), backend="reference")
 
 
 def check_share(bits: Tensor, p: float) -> None:

@@ -15,6 +15,7 @@ from torch import Tensor
 from childtune_kernels import ops
 
 from ..cases import generator_of
+from ..columns import placed
 from . import transcription
 
 LENGTHS = [0, 1, 5, 31, 32, 33, 63, 64, 65, 127, 128, 200, 1000]
@@ -46,13 +47,13 @@ def crowded(numel: int, *what: object) -> Tensor:
     return torch.where(torch.rand(numel, generator=generator) < 0.7, some, spread)
 
 
-def tensors() -> list[Tensor]:
+def tensors(backend: str) -> list[Tensor]:
     """A list with every length, shapes of no, one and more dimensions, and unaligned addresses."""
     listed = [crowded(numel) for numel in LENGTHS]
     listed += [crowded(1).view(()), crowded(60, "3d").view(3, 4, 5), crowded(0, "empty").view(0, 3)]
     listed += [crowded(301, "unaligned")[1:], crowded(303, "unaligned")[3:]]
     listed += [torch.zeros(300), torch.ones(300), from_bits([ONE + 1] * 300)]
-    return listed
+    return [placed(scores, backend) for scores in listed]
 
 
 def first_keys() -> list[int]:
@@ -61,7 +62,7 @@ def first_keys() -> list[int]:
 
 @pytest.mark.parametrize(("shift", "bits"), DIGITS)
 def test_histogram_counts_digits(shift: int, bits: int, backend: str) -> None:
-    scores = tensors()
+    scores = tensors(backend)
     keys = [key for score in scores for key in keys_of(score)]
     for key in first_keys():
         prefix = key >> (shift + bits)
@@ -89,7 +90,7 @@ BRACKETS = [
 
 @pytest.mark.parametrize(("low", "high", "shift"), BRACKETS)
 def test_brackets_are_counted(low: int, high: int, shift: int, backend: str) -> None:
-    scores = tensors()
+    scores = tensors(backend)
     keys = [key for score in scores for key in keys_of(score)]
     expected = [0] * (((high - low) >> shift) + 1)
     for key in keys:
@@ -117,7 +118,8 @@ BAD = {
 @pytest.mark.parametrize("bad", BAD)
 def test_refused_scores_are_counted_by_tensor(bad: str, backend: str) -> None:
     for numel in (1, 64, 70, 1000):
-        scores = [torch.zeros(numel), -torch.zeros(numel), torch.rand(numel), torch.zeros(0)]
+        zeros = torch.zeros(numel)
+        scores = [placed(each, backend) for each in (zeros, -zeros, torch.rand(numel), zeros[:0])]
         assert ops.digit_histogram(scores, 20, 11, 0, backend=backend)[1].tolist() == [0] * 4
         scores[2][-1] = scores[2][numel // 2] = from_bits([BAD[bad]])[0]
         expected = [0, 0, 1 + (numel > 1), 0]
@@ -128,7 +130,7 @@ def test_refused_scores_are_counted_by_tensor(bad: str, backend: str) -> None:
 
 @pytest.mark.parametrize("largest", [True, False], ids=["largest", "smallest"])
 def test_words_and_ties(largest: bool, backend: str) -> None:
-    scores = tensors()
+    scores = tensors(backend)
     for threshold in (-1, *first_keys(), SIGN - 1):
         words, ties = ops.select_words(scores, threshold, largest, UNIT, backend=backend)
         expected_ties = []
@@ -146,9 +148,10 @@ def test_words_and_ties(largest: bool, backend: str) -> None:
 
 @pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
 def test_the_first_ties_of_a_unit_are_taken(share: float, backend: str) -> None:
-    scores = tensors()
-    words, ties = ops.select_words(scores, ONE, True, UNIT, backend="reference")
-    quotas = (ties * share).round().to(torch.int64)
+    scores = tensors(backend)
+    words, ties = ops.select_words(tensors("reference"), ONE, True, UNIT, backend="reference")
+    words = [placed(each, backend) for each in words]
+    quotas = placed((ties * share).round().to(torch.int64), backend)
     remaining = iter(quotas.tolist())
     expected = []
     for score in scores:
@@ -165,7 +168,10 @@ def test_the_first_ties_of_a_unit_are_taken(share: float, backend: str) -> None:
 
 @pytest.mark.parametrize("granularity", [32, 64, 96, 256, 4096])
 def test_run_scores_are_the_tree(granularity: int, backend: str) -> None:
-    scores = [*tensors(), *[torch.rand(n, generator=generator_of("run", n)) for n in LENGTHS]]
+    scores = [
+        *tensors(backend),
+        *[placed(torch.rand(n, generator=generator_of("run", n)), backend) for n in LENGTHS],
+    ]
     runs, refused = ops.run_scores(scores, granularity, backend=backend)
     assert refused.tolist() == [0] * len(scores)
     for score, found in zip(scores, runs, strict=True):
@@ -193,6 +199,7 @@ Results = list[list[Any]]
 
 def everything(scores: list[Tensor], threshold: int, unit: int, backend: str) -> Results:
     """The results of all passes, as lists."""
+    scores = [placed(score, backend) for score in scores]
     found: Results = []
     for shift, bits in DIGITS[:3]:
         found += [
@@ -237,6 +244,7 @@ def test_columns_equal_the_reference(
     assert everything(scores, threshold, unit, column) == expected
 
 
+@pytest.mark.threads
 def test_thread_counts_change_nothing(column: str) -> None:
     """Long enough for several units a thread, cut within tensors and between them."""
     scores = [crowded(numel) for numel in (300_000, 5, 0, 65_536, 131_072 + 70)]
@@ -285,7 +293,7 @@ def test_arguments_are_checked(what: str) -> None:
 
 
 def test_zero_units_and_no_elements(backend: str) -> None:
-    empty = [torch.zeros(0), torch.zeros(0, 4)]
+    empty = [placed(torch.zeros(0), backend), placed(torch.zeros(0, 4), backend)]
     counts, refused = ops.digit_histogram(empty, 20, 11, 0, backend=backend)
     assert (int(counts.sum()), refused.tolist()) == (0, [0, 0])
     words, ties = ops.select_words(empty, 0, True, backend=backend)

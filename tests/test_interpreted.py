@@ -1,0 +1,178 @@
+"""The Triton column without a GPU: the tests that hold the C++ kernels to the reference, interpreted.
+
+Triton decides when a kernel is defined whether it is compiled or interpreted, hence processes of their own.
+Each must pass, skip nothing and launch the kernels it is there for.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from childtune_kernels import registry
+
+ROOT = Path(__file__).parent.parent
+KERNELS = ROOT / "childtune_kernels" / "backends" / "triton"
+AT_ONCE = min(2, os.cpu_count() or 1)
+
+
+class Run(NamedTuple):
+    """A test module, or what pytest's ``-k`` selects of it, and the kernels it must launch."""
+
+    op: str
+    module: str
+    kernels: tuple[str, ...]
+    select: str = ""
+
+    def __str__(self) -> str:
+        return " ".join(filter(None, (self.module, self.select)))
+
+
+# The longest first. A run counts from the day its op has a cell in the registry's Triton column.
+RUNS = [
+    Run("fisher_accumulate", "test_fisher_accumulate", ("_fisher_accumulate_kernel",)),
+    Run("keep_words", "test_keep_words", ("_keep_words_kernel",)),
+]
+ACTIVE = [run for run in RUNS if registry.TABLE[run.op]["triton"] is not None]
+
+pytestmark = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed on this platform"
+)
+
+
+class Finished(NamedTuple):
+    """How a process of pytest ended."""
+
+    returncode: int
+    output: str
+    launches: dict[str, int]
+    outcomes: dict[str, int]
+
+
+class Interpreter:
+    """Runs test modules in processes of their own, a few at a time."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.pool = ThreadPoolExecutor(AT_ONCE)
+        self.processes: list[subprocess.Popen[str]] = []
+
+    def start(self, run: Run, *options: str, **environment: str) -> Future[Finished]:
+        """Queue a run, with more options of pytest and variables of the environment."""
+        return self.pool.submit(self._finish, run, options, environment)
+
+    def _finish(self, run: Run, options: tuple[str, ...], environment: dict[str, str]) -> Finished:
+        record = self.folder / f"{uuid.uuid4()}.json"
+        record.touch()
+        command = [
+            sys.executable, "-m", "pytest", f"tests/ops/{run.module}.py", "--column", "triton", "--record",
+            str(record), "-k", run.select, "-p", "no:cacheprovider", "--tb", "short", "-rs", *options,
+        ]  # fmt: skip
+        inherited = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
+        variables = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment}
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=inherited | variables, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        self.processes.append(process)
+        output, _ = process.communicate()
+        recorded: dict[str, Any] = json.loads(record.read_text(encoding="utf-8") or "{}")
+        launches, outcomes = recorded.get("launches", {}), recorded.get("outcomes", {})
+        return Finished(process.returncode, output, launches, outcomes)
+
+    def stop(self) -> None:
+        """End what still runs."""
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        for process in self.processes:
+            process.kill()
+
+
+@pytest.fixture(scope="module")
+def interpreter(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Interpreter]:
+    interpreter = Interpreter(tmp_path_factory.mktemp("interpreted"))
+    yield interpreter
+    interpreter.stop()
+
+
+@pytest.fixture(scope="module")
+def started(
+    request: pytest.FixtureRequest, interpreter: Interpreter
+) -> dict[Run, Future[Finished]]:
+    """All runs that this session's tests ask for, started together."""
+    asked = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = {call.params.get("run") for call in asked if call is not None}
+    return {run: interpreter.start(run) for run in ACTIVE if run in wanted}
+
+
+def check_finished(finished: Finished, run: Run) -> None:
+    """Tests ran and passed, none was skipped, and they launched the kernels of the run."""
+    assert finished.returncode == 0, finished.output
+    assert set(finished.outcomes) <= {"passed", "deselected"}, finished.output
+    assert finished.outcomes.get("passed", 0) > 0, finished.output
+    idle = [kernel for kernel in run.kernels if not finished.launches.get(kernel)]
+    assert not idle, f"{idle} never launched; launched were {finished.launches}"
+
+
+@pytest.mark.parametrize("run", ACTIVE, ids=str)
+def test_interpreted(run: Run, started: dict[Run, Future[Finished]]) -> None:
+    check_finished(started[run].result(), run)
+
+
+def test_every_kernel_is_launched_by_a_run() -> None:
+    sources = [path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py")]
+    defined = {
+        name for source in sources for name in re.findall(r"(?m)^def (_\w+_kernel)\(", source)
+    }
+    assert defined == {kernel for run in ACTIVE for kernel in run.kernels}
+
+
+# That a run can fail: another module serves the column, results are wrong, nothing is interpreted.
+
+FEW = Run("keep_words", "test_keep_words", ("_keep_words_kernel",), "test_steps")
+TAKE_THE_REFERENCE = """
+from childtune_kernels import registry
+registry.TABLE["keep_words"]["triton"] = "reference.keep_words"
+"""
+INVERT_THE_WORDS = """
+from childtune_kernels.backends.triton import keep_words
+right = keep_words.keep_words
+keep_words.keep_words = lambda *arguments: ~right(*arguments)
+"""
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
+# A plugin with the fault, what the environment says otherwise, and what the failure's message tells.
+FAULTS: dict[str, tuple[str, dict[str, str], str]] = {
+    "reference in its place": (TAKE_THE_REFERENCE, {}, "'_keep_words_kernel'. never launched"),
+    "wrong results": (INVERT_THE_WORDS, {}, r"FAILED tests/ops/test_keep_words\.py::test_steps"),
+    "not interpreted": ("", NO_GPU | {"TRITON_INTERPRET": "0"}, "only under TRITON_INTERPRET=1"),
+}
+
+
+@pytest.fixture(scope="module")
+def faulty(
+    interpreter: Interpreter, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Future[Finished]]:
+    """A few tests with each fault, started together."""
+    futures = {}
+    for name, (plugin, environment, _) in FAULTS.items():
+        folder = tmp_path_factory.mktemp("fault")
+        (folder / "fault.py").write_text(plugin, encoding="utf-8")
+        environment = {"PYTHONPATH": str(folder), **environment}
+        futures[name] = interpreter.start(FEW, "-p", "fault", **environment)
+    return futures
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_run_fails_where_it_should(fault: str, faulty: dict[str, Future[Finished]]) -> None:
+    with pytest.raises(AssertionError, match=FAULTS[fault][2]):
+        check_finished(faulty[fault].result(), FEW)
