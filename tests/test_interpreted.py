@@ -77,7 +77,8 @@ class Interpreter:
         record.touch()
         command = [
             sys.executable, "-m", "pytest", f"tests/ops/{run.module}.py", "--column", "triton", "--record",
-            str(record), "-k", run.select, "-p", "no:cacheprovider", "--tb", "short", "-rs", *options,
+            str(record), "-k", run.select, "-p", "no:cacheprovider", "--tb", "short", "-rfEs",
+            "--maxfail", "5", *options,
         ]  # fmt: skip
         inherited = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
         variables = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment}
@@ -147,7 +148,7 @@ registry.TABLE["keep_words"]["triton"] = "reference.keep_words"
 INVERT_THE_WORDS = """
 from childtune_kernels.backends.triton import keep_words
 right = keep_words.keep_words
-keep_words.keep_words = lambda *arguments: ~right(*arguments)
+keep_words.keep_words = lambda *arguments: right(*arguments) ^ 1
 """
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}
 # A plugin with the fault, what the environment says otherwise, and what the failure's message tells.
