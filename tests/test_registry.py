@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import inspect
+import os
 import re
+import subprocess
+import sys
 import warnings
 
 import pytest
@@ -17,6 +20,10 @@ from childtune_kernels.backends import cpp
 
 REASON = "left out at installation by CHILDTUNE_BUILD_EXT=0"
 needs_extension = pytest.mark.skipif(cpp.load() is not None, reason=str(cpp.load()))
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="Triton is not installed on this platform"
+)
+IN_TRITON = [op for op, cells in registry.TABLE.items() if cells["triton"] is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -28,6 +35,16 @@ def nobody_was_warned(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpp, "load", lambda: REASON)
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where Triton is not installed: its import fails, and nothing of it was loaded before."""
+    from childtune_kernels.backends import triton as column
+
+    monkeypatch.setitem(sys.modules, "triton", None)
+    monkeypatch.delitem(sys.modules, f"{column.__name__}.launch", raising=False)
+    monkeypatch.delattr(column, "launch", raising=False)
 
 
 def test_every_cell_has_a_module_of_its_op() -> None:
@@ -105,9 +122,11 @@ def test_without_the_extension_the_reference_serves_with_one_warning(
                 optimizer.step()
             optimizer.summary()
     assert [warning.category for warning in caught] == [RuntimeWarning]
-    assert f"slow reference on cpu (triton: no kernel of this op yet; cpp: {REASON})" in str(
-        caught[0].message
-    )
+    (absent,) = [
+        c.reason for c in registry.survey() if (c.op, c.backend) == ("child_adamw", "triton")
+    ]
+    message = f"slow reference on cpu (triton: {absent}; cpp: {REASON})"
+    assert message in str(caught[0].message)
     assert "reference" in optimizer.summary()
     assert bool((parameter != 1.0).all())
 
@@ -174,8 +193,106 @@ def test_an_unknown_backend() -> None:
 
 
 def test_a_backend_without_a_kernel_of_the_op() -> None:
-    with pytest.raises(RuntimeError, match="'triton' cannot serve child_adamw on cpu: no kernel"):
-        registry.choose("child_adamw", "cpu", "triton")
+    with pytest.raises(RuntimeError, match="'triton' cannot serve observe on cpu: no kernel"):
+        registry.choose("observe", "cpu", "triton")
+
+
+@needs_triton
+def test_gpus_prefer_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    device = torch.device("cuda", 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for op in IN_TRITON:
+            choice = registry.choose(op, device)
+            assert (choice.backend, choice.reason) == ("triton", "compiled when first used")
+            assert not choice.on_request
+            assert registry.choose(op, device, "triton") == choice
+            assert registry.choose(op, device, "reference").backend == "reference"
+    found = marks(explain("cuda"))
+    for op in IN_TRITON:
+        assert [found[op, backend] for backend in registry.BACKENDS] == ["*", "-", "+"]
+
+
+def test_the_extension_never_takes_tensors_of_a_gpu() -> None:
+    message = (
+        "backend='cpp' cannot serve .* on cuda: serves CPU tensors, not cuda; use backend=None"
+    )
+    for op in registry.TABLE:
+        with pytest.raises(RuntimeError, match=message) as caught:
+            registry.choose(op, "cuda", "cpp")
+        assert "compiler" not in str(caught.value)
+
+
+def test_a_gpu_without_triton_runs_the_reference_with_one_warning(without_triton: None) -> None:
+    why = r"slow reference on cuda \(triton: triton does not load \(.*\); pip install triton; cpp: serves CPU"
+    with pytest.warns(RuntimeWarning, match=why) as caught:
+        chosen = [registry.choose(op, "cuda").backend for op in [*IN_TRITON, *registry.TABLE]]
+    assert set(chosen) == {"reference"}
+    assert len(caught) == 1
+    for op in IN_TRITON:
+        with pytest.raises(
+            RuntimeError, match=f"'triton' cannot serve {op} on cuda: triton does not"
+        ):
+            registry.choose(op, "cuda", "triton")
+
+
+def test_a_triton_that_fails_to_load_is_left_out(
+    without_triton: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever it raises: on a Python or torch it was not made for, that is not always ImportError."""
+
+    class Broken:
+        def __getattr__(self, name: str) -> object:
+            raise RuntimeError("made for another torch")
+
+    monkeypatch.setitem(sys.modules, "triton", Broken())
+    with pytest.raises(RuntimeError, match=r"does not load .made for another torch.; pip install"):
+        registry.choose("keep_words", "cuda", "triton")
+
+
+@needs_triton
+@pytest.mark.parametrize("name", ["mps", "xpu", "meta"])
+def test_triton_serves_no_other_devices(name: str) -> None:
+    for op in IN_TRITON:
+        with pytest.raises(
+            RuntimeError, match=f"serves CUDA and HIP devices, not {name}; use back"
+        ):
+            registry.choose(op, name, "triton")
+
+
+@needs_triton
+@needs_extension
+def test_triton_takes_tensors_of_a_cpu_in_its_interpreter_alone() -> None:
+    """There too it serves only those who name it: the extension is a thousand times faster."""
+    script = """
+import torch
+from childtune_kernels import explain, registry
+for op in registry.TABLE:
+    print(op, registry.choose(op, "cpu").backend)
+try:
+    print(registry.choose("keep_words", "cpu", "triton").backend)
+except RuntimeError as error:
+    print(error)
+print(explain())
+"""
+    outputs = {}
+    for interpret in ("1", "0"):
+        environment = os.environ | {"TRITON_INTERPRET": interpret}
+        command = [sys.executable, "-W", "error::RuntimeWarning", "-c", script]
+        finished = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert finished.returncode == 0, finished.stderr
+        lines = finished.stdout.splitlines()
+        count = len(registry.TABLE)
+        assert lines[:count] == [f"{op} cpp" for op in registry.TABLE]
+        outputs[interpret] = lines[count]
+        found = marks("\n".join(lines[count + 1 :]))
+        expected = "+" if interpret == "1" else "-"
+        for op in IN_TRITON:
+            assert [found[op, backend] for backend in registry.BACKENDS] == [expected, "*", "+"]
+    assert outputs["1"] == "triton"
+    assert (
+        "serves CPU tensors only under TRITON_INTERPRET=1, set before Python starts" in outputs["0"]
+    )
 
 
 def test_devices_without_kernels_run_the_reference_with_one_warning() -> None:
