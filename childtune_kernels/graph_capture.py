@@ -67,11 +67,11 @@ class Captures:
     """The captures of one optimizer; plans in it stay alive, and with them all that graphs point at."""
 
     def __init__(self) -> None:
-        self._plans: list[tuple[StepPlan, bytes]] = []
+        self._plans: list[tuple[StepPlan, bytes, dict[str, int]]] = []
 
     def add(self, plan: StepPlan) -> None:
         """Note that a step of this plan has been captured."""
-        self._plans.append((plan, plan.placed))
+        self._plans.append((plan, plan.placed, plan.addresses))
 
     def check_unmoved(self, plans: Sequence[StepPlan]) -> None:
         """Refuse an eager step where weights or state lie elsewhere than a graph knows.
@@ -80,13 +80,11 @@ class Captures:
             RuntimeError: names a parameter that has moved.
         """
         places = {plan.placed for plan in plans}
-        for captured, placed in self._plans:
+        for _, placed, addresses in self._plans:
             if placed in places:
                 continue
-            now = {row.label: row.parameter.data_ptr() for plan in plans for row in plan.rows}
-            moved = [
-                label for label, address in captured.addresses.items() if now.get(label) != address
-            ]
+            now = {label: at for plan in plans for label, at in plan.addresses.items()}
+            moved = [label for label, address in addresses.items() if now.get(label) != address]
             what = f"parameter {moved[0]}" if moved else "the optimizer's state"
             raise RuntimeError(
                 f"{what} lies elsewhere since step() was captured into a CUDA graph, which would go on "

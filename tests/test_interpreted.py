@@ -63,6 +63,7 @@ RUNS = [
         "child_adamw", "test_child_adamw_contract", _STEP,
         "not frozen and not dropped_gradients and not fp32_copy",
     ),
+    Run("child_adamw", "test_child_adamw_capture", _ALL_OF_STEP[:4]),
     Run("keep_words", "test_keep_words", ("_keep_words_kernel",)),
     Run("fisher_accumulate", "test_fisher_accumulate", ("_fisher_accumulate_kernel",)),
 ]  # fmt: skip

@@ -1,0 +1,260 @@
+"""Steps in CUDA graphs: replays equal eager steps bit for bit, and what cannot be replayed is refused.
+
+Without a GPU a recording of launches takes the place of the graph: it runs nothing while it records, and the
+same launches, with the same arguments, at every replay.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from childtune_kernels import ChildMask, FusedChildAdamW, graph_capture
+
+from ..cases import assert_same_bits, generator_of, random_values
+from ..columns import device_of
+
+DEVICE = device_of("triton")
+
+pytestmark = [pytest.mark.graphs, pytest.mark.usefixtures("one_thread")]
+
+SIZES = {"words": (67, 130), "runs": (5000,), "plain": (31, 33), "small": (3,), "empty": (0,)}
+STEPS = 3
+
+
+class Recording:
+    """What stands for a CUDA graph where there is none."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        self.launches: list[Callable[[], Any]] = []
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        from childtune_kernels.backends.triton import launch
+
+        with self.monkeypatch.context() as patch:
+            patch.setattr(graph_capture, "is_capturing", lambda device: True)
+            for name in ("launch", "send_"):
+                patch.setattr(launch, name, self._recorder(getattr(launch, name)))
+            yield
+
+    def _recorder(self, function: Callable[..., Any]) -> Callable[..., None]:
+        return lambda *arguments, **more: self.launches.append(
+            functools.partial(function, *arguments, **more)
+        )
+
+    def replay(self) -> None:
+        for launched in self.launches:
+            launched()
+
+
+class CudaGraph:
+    """A real one."""
+
+    def __init__(self) -> None:
+        self.graph = torch.cuda.CUDAGraph()
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[None]:
+        with torch.cuda.graph(self.graph):
+            yield
+
+    def replay(self) -> None:
+        self.graph.replay()
+
+
+Graph = Recording | CudaGraph
+
+
+@pytest.fixture
+def graph(monkeypatch: pytest.MonkeyPatch) -> Graph:
+    return CudaGraph() if DEVICE.type == "cuda" else Recording(monkeypatch)
+
+
+class Run:
+    """A few parameters with static gradients, as a captured training step has them."""
+
+    def __init__(self, dtype: torch.dtype, column: str, *, masked: bool, **options: Any) -> None:
+        self.dtype = dtype
+        self.parameters = {
+            name: torch.nn.Parameter(random_values(sizes, dtype, "capture", name).to(DEVICE))
+            for name, sizes in SIZES.items()
+        }
+        for parameter in self.parameters.values():
+            parameter.grad = torch.zeros_like(parameter)
+        self.lr = torch.tensor(1e-2, device=DEVICE)
+        self.optimizer = FusedChildAdamW(
+            self.parameters.items(),
+            options.pop("lr", self.lr),
+            child_mask=self._mask() if masked else None,
+            reserve_p=0.3,
+            seed=5,
+            backend=column,
+            **{"capturable": True, **options},
+        )
+
+    def _mask(self) -> ChildMask:
+        drawn = {
+            name: torch.rand(sizes, generator=generator_of("capture child", name)) < 0.4
+            for name, sizes in SIZES.items()
+            if name != "plain"
+        }
+        drawn["runs"] = torch.arange(5000) % 1000 < 300
+        children = {name: child.to(DEVICE) for name, child in drawn.items()}
+        return ChildMask.from_dense(children, dense=["plain"])
+
+    def next_gradients(self, step: int) -> None:
+        for name, parameter in self.parameters.items():
+            values = random_values(parameter.shape, self.dtype, "capture", name, step)
+            assert parameter.grad is not None
+            parameter.grad.copy_(values)
+
+    def outcome(self) -> dict[str, Tensor]:
+        return {
+            f"{name} {key}": tensor.detach().cpu()
+            for name, parameter in self.parameters.items()
+            for key, tensor in (("weight", parameter), *self.optimizer.state[parameter].items())
+        }
+
+
+@pytest.mark.parametrize("masked", [False, True], ids=["dense", "child"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_replays_equal_eager_steps(
+    dtype: torch.dtype, masked: bool, column: str, graph: Graph
+) -> None:
+    """Steps and masks advance, and a learning rate on the device is read at every replay."""
+    eager, replayed = (Run(dtype, column, masked=masked) for _ in range(2))
+    for step in range(1 + STEPS):
+        for run in (eager, replayed):
+            run.next_gradients(step)
+            run.lr.fill_(1e-2 / (1 + step))
+        eager.optimizer.step()
+        if step == 0:
+            replayed.optimizer.step()
+            continue
+        if step == 1:
+            before = replayed.outcome()
+            with graph.capture():
+                replayed.optimizer.step()
+            assert_same_bits(replayed.outcome(), before)
+        graph.replay()
+    assert_same_bits(replayed.outcome(), eager.outcome())
+
+
+def test_eager_steps_between_replays(column: str, graph: Graph) -> None:
+    """With gradients elsewhere, which the graph must neither take over nor lose its own to."""
+    eager, mixed = (Run(torch.float32, column, masked=True) for _ in range(2))
+    for step in range(5):
+        eager.next_gradients(step)
+        eager.optimizer.step()
+        if step == 1:
+            with graph.capture():
+                mixed.optimizer.step()
+        own = [parameter.grad for parameter in mixed.parameters.values()]
+        if step in (0, 2):
+            for parameter in mixed.parameters.values():
+                parameter.grad = torch.empty_like(parameter)
+        mixed.next_gradients(step)
+        if step in (0, 2):
+            mixed.optimizer.step()
+        else:
+            graph.replay()
+        for parameter, grad in zip(mixed.parameters.values(), own, strict=True):
+            parameter.grad = grad
+    assert_same_bits(mixed.outcome(), eager.outcome())
+
+
+def test_tensor_options_equal_numbers(column: str) -> None:
+    """fp32 and fp64, read on the device, give what the same numbers give."""
+    for dtype in (torch.float32, torch.float64):
+        lr, decay = (torch.tensor(value, dtype=dtype, device=DEVICE) for value in (3e-3, 0.1))
+        tensors = Run(torch.float32, column, masked=True, lr=lr, weight_decay=decay)
+        numbers = Run(
+            torch.float32, column, masked=True, lr=float(lr), weight_decay=float(decay)
+        )  # fmt: skip
+        for step in range(2):
+            for run in (tensors, numbers):
+                run.next_gradients(step)
+                run.optimizer.step()
+        assert_same_bits(tensors.outcome(), numbers.outcome())
+
+
+def captured(column: str, graph: Graph) -> Run:
+    """A run that has been captured after its first step."""
+    run = Run(torch.float32, column, masked=False)
+    run.optimizer.step()
+    with graph.capture():
+        run.optimizer.step()
+    return run
+
+
+def check_refused(run: Run, graph: Graph, error: type[Exception], message: str) -> None:
+    """The capture fails, and nothing of the optimizer has changed."""
+    before = run.outcome()
+    with pytest.raises(error, match=message), graph.capture():
+        run.optimizer.step()
+    assert_same_bits(run.outcome(), before)
+
+
+def test_capture_needs_capturable(column: str, graph: Graph) -> None:
+    run = Run(torch.float32, column, masked=False, lr=1e-2, capturable=False)
+    run.optimizer.step()
+    check_refused(run, graph, RuntimeError, "capturable=True")
+
+
+def test_capture_needs_a_first_step(column: str, graph: Graph) -> None:
+    run = Run(torch.float32, column, masked=False)
+    check_refused(run, graph, RuntimeError, "outside the graph")
+
+
+def test_capture_needs_every_gradient(column: str, graph: Graph) -> None:
+    run = Run(torch.float32, column, masked=False)
+    run.optimizer.step()
+    run.parameters["plain"].grad = None
+    check_refused(run, graph, ValueError, "no gradient .plain.")
+
+
+def test_a_second_capture_needs_a_step_between(column: str, graph: Graph) -> None:
+    run = captured(column, graph)
+    check_refused(run, graph, RuntimeError, "before each capture")
+    run.optimizer.step()
+
+
+def test_moved_weights_are_refused(column: str, graph: Graph) -> None:
+    run = captured(column, graph)
+    run.optimizer.step()
+    weight = run.parameters["plain"]
+    weight.data = weight.data.clone()
+    before = run.outcome()
+    with pytest.raises(RuntimeError, match="parameter plain lies elsewhere"):
+        run.optimizer.step()
+    assert_same_bits(run.outcome(), before)
+
+
+def test_state_that_a_graph_uses_stays(column: str, graph: Graph) -> None:
+    run = captured(column, graph)
+    state = run.optimizer.state_dict()
+    for change, name in (
+        (lambda: run.optimizer.load_state_dict(state), "load_state_dict"),
+        (lambda: run.optimizer.set_child_mask(None), "set_child_mask"),
+        (lambda: run.optimizer.add_param_group({"params": []}), "add_param_group"),
+    ):
+        with pytest.raises(RuntimeError, match=f"{name} after step"):
+            change()
+    run.optimizer.step()
+
+
+def test_options_on_the_device_have_one_element(column: str) -> None:
+    lr = torch.tensor([1e-2, 1e-3], device=DEVICE)
+    with pytest.raises(ValueError, match="lr="):
+        Run(torch.float32, column, masked=False, lr=lr).optimizer.step()
+    half = torch.tensor(1e-2, dtype=torch.float16, device=DEVICE)
+    with pytest.raises(ValueError, match="float32 or float64"):
+        Run(torch.float32, column, masked=False, lr=half).optimizer.step()
