@@ -85,13 +85,11 @@ def _triton_absent(device: torch.device) -> str | None:
         return f"serves CUDA and HIP devices, not {device.type}"
     try:
         from .backends.triton import launch
-    except (
-        Exception
-    ) as error:  # a Triton that does not go with this torch or Python fails in many ways
+    except Exception as error:  # one that does not go with this torch or Python fails in many ways
         return f"triton does not load ({error}); pip install triton"
     if device.type == "cpu" and not launch.INTERPRETED:
         return "serves CPU tensors only under TRITON_INTERPRET=1, set before Python starts"
-    return None
+    return launch.failure(device.type)
 
 
 def survey(device: torch.device | str = "cpu") -> list[Choice]:

@@ -161,11 +161,11 @@ class DevicePlan:
         if known is not None and torch.equal(known.view(torch.int64), table.view(torch.int64)):
             return False
         self._host[name] = table.clone()
-        sent = launch.upload(table, self.device)
-        if known is None or known.shape != table.shape:
-            self._on_device[name] = sent
+        if known is None:
+            self._on_device[name] = launch.upload(table, self.device)
         else:
-            self._on_device[name].copy_(sent)
+            # A block of its own: an earlier one may still be on its way.
+            launch.send_(self._on_device[name], launch.pinned_like(table, self.device).copy_(table))
         return True
 
     @staticmethod

@@ -7,11 +7,13 @@ every program which row of the table, and which part of that tensor, it works on
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 #: Whether kernels run in Triton's interpreter. Triton decides it when a kernel is defined.
@@ -97,6 +99,24 @@ def warp_size(of_generation: str) -> int:
 def generations() -> list[str]:
     """The generations that kernels are compiled for and checked on ahead of time."""
     return list(_GENERATIONS)
+
+
+@triton.jit
+def _probe_kernel(written):
+    tl.store(written, 1)
+
+
+@functools.cache
+def failure(device_type: str) -> str | None:
+    """Why no kernel can be compiled and run on devices of a type, or None; tried once, where there is one."""
+    if device_type == "cpu" or INTERPRETED or not torch.cuda.is_available():
+        return None
+    try:
+        written = torch.zeros(1, dtype=torch.int32, device=device_type)
+        launch(_probe_kernel, 1, written.device, (written,), {}, num_warps=1)
+        return None if int(written) == 1 else "a first kernel ran and wrote nothing"
+    except Exception as error:  # a missing C compiler, a driver that is too old, and whatever else
+        return f"a first kernel fails ({type(error).__name__}: {error})"
 
 
 def upload(host: Tensor, device: torch.device) -> Tensor:
