@@ -64,6 +64,15 @@ RUNS = [
         "not frozen and not dropped_gradients and not fp32_copy",
     ),
     Run("child_adamw", "test_child_adamw_capture", _ALL_OF_STEP[:4]),
+    Run(
+        "topk_select", "test_topk_select",
+        ("_digit_histogram_kernel", "_bracket_histogram_kernel", "_select_words_kernel",
+         "_take_ties_kernel", "_run_scores_kernel"),
+    ),
+    Run(
+        "bitmask", "test_bitmask",
+        ("_pack_mask_kernel", "_unpack_mask_kernel", "_unit_counts_kernel", "_move_masked_kernel"),
+    ),
     Run("keep_words", "test_keep_words", ("_keep_words_kernel",)),
     Run("fisher_accumulate", "test_fisher_accumulate", ("_fisher_accumulate_kernel",)),
 ]  # fmt: skip
