@@ -170,7 +170,9 @@ def test_interpreted(run: Run, started: dict[Run, Future[Finished]]) -> None:
 
 
 def test_every_kernel_is_launched_by_a_run() -> None:
-    sources = [path.read_text(encoding="utf-8") for path in KERNELS.glob("*.py")]
+    # The kernel in launch.py serves no op: it tries out a GPU.
+    paths = [path for path in KERNELS.glob("*.py") if path.name != "launch.py"]
+    sources = [path.read_text(encoding="utf-8") for path in paths]
     defined = {name for source in sources for name in KERNEL.findall(source)}
     assert defined == {kernel for run in ACTIVE for kernel in run.kernels}
 
