@@ -16,11 +16,15 @@ from childtune_kernels.backends import cpp
 CPU = torch.device("cpu")
 
 
+def interpreted() -> bool:
+    """Whether Triton's kernels run in its interpreter in this process."""
+    return os.environ.get("TRITON_INTERPRET", "0") != "0"
+
+
 @functools.cache
 def device_of(backend: str | None) -> torch.device:
     """Where tests run a backend: Triton kernels on a GPU, if there is one and they are compiled for it."""
-    interpreted = os.environ.get("TRITON_INTERPRET", "0") != "0"
-    if backend == "triton" and not interpreted and torch.cuda.is_available():
+    if backend == "triton" and not interpreted() and torch.cuda.is_available():
         return torch.device("cuda", torch.cuda.current_device())
     return CPU
 

@@ -14,8 +14,9 @@ import torch
 from childtune_kernels import registry
 from childtune_kernels.backends import cpp
 
-from .columns import COLUMNS, CPP, REFERENCE, TRITON, Column
+from .columns import COLUMNS, CPP, REFERENCE, TRITON, Column, interpreted
 from .launch_record import LaunchRecord
+from .quick_interpreter import quicken_interpreter
 
 FIXTURES = ("column", "backend")
 
@@ -37,6 +38,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("record") is not None:
         config.pluginmanager.register(LaunchRecord(config.getoption("record")))
+        if interpreted():
+            quicken_interpreter()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
