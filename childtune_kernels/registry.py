@@ -22,7 +22,7 @@ TABLE: dict[str, dict[str, str | None]] = {
     },
     "bitmask": {"triton": None, "cpp": "cpp", "reference": "reference.bitmask"},
     "fisher_accumulate": {
-        "triton": None,
+        "triton": "triton.fisher_accumulate",
         "cpp": "cpp",
         "reference": "reference.fisher_accumulate",
     },

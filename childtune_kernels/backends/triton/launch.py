@@ -7,6 +7,7 @@ every program which row of the table, and which part of that tensor, it works on
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -79,6 +80,13 @@ def config(op: str, of_generation: str) -> Config:
     return _GENERATIONS.get(of_generation, {}).get(op, _DEFAULTS[op])
 
 
+def lanes(of_generation: str, of_config: Config) -> int:
+    """Elements of which every thread of a program has one: the step of a loop over a tail."""
+    if of_generation == "interpreter":
+        return of_config.tile
+    return of_config.num_warps * (64 if of_generation.startswith("gfx") else 32)
+
+
 def generations() -> list[str]:
     """The generations that kernels are compiled for and checked on ahead of time."""
     return list(_GENERATIONS)
@@ -105,6 +113,26 @@ def chunk_map(sizes: Sequence[int], tile: int) -> Tensor:
     first = (chunks.cumsum(0) - chunks)[rows]
     within = torch.arange(rows.numel(), dtype=torch.int64, device="cpu") - first
     return torch.stack([rows, within], 1).to(torch.int32)
+
+
+def chunks(sizes: Sequence[int], tile: int, device: torch.device) -> Tensor:
+    """``chunk_map`` on a device; kept, since the same tensors come again and again."""
+    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    return _chunks(tuple(sizes), tile, device, stream)
+
+
+# A map is good on the stream that it was copied on; others get their own.
+@functools.lru_cache(maxsize=512)
+def _chunks(sizes: tuple[int, ...], tile: int, device: torch.device, stream: int) -> Tensor:
+    return upload(chunk_map(sizes, tile), device)
+
+
+def table(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers (int64) on a device; addresses and sizes go by table, never as arguments.
+
+    An integer argument would be compiled into the kernel where it is 1 or a multiple of 16.
+    """
+    return upload(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
 
 
 def launch(

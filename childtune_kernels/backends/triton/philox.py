@@ -48,9 +48,8 @@ def mapped_index(local, index_map):
     index = tl.load(index_map) + tl.zeros_like(local)
     rest = local
     for place in tl.static_range(3):
-        level: tl.constexpr = 3 - place
-        size = tl.load(index_map + 1 + 2 * level)
+        size = tl.load(index_map + 7 - 2 * place)
         outer = rest // size
-        index += (rest - outer * size) * tl.load(index_map + 2 + 2 * level)
+        index += (rest - outer * size) * tl.load(index_map + 8 - 2 * place)
         rest = outer
     return index + rest * tl.load(index_map + 2)
