@@ -20,7 +20,7 @@ TABLE: dict[str, dict[str, str | None]] = {
         "cpp": "cpp",
         "reference": "reference.keep_words",
     },
-    "bitmask": {"triton": None, "cpp": "cpp", "reference": "reference.bitmask"},
+    "bitmask": {"triton": "triton.bitmask", "cpp": "cpp", "reference": "reference.bitmask"},
     "fisher_accumulate": {
         "triton": "triton.fisher_accumulate",
         "cpp": "cpp",

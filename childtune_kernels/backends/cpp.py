@@ -136,6 +136,54 @@ def count_mask(words: Tensor) -> int:
     return count
 
 
+def mask_ranks(words: Tensor, unit: int) -> Tensor:
+    """Set bits before every unit, and in all (contract: ops.mask_ranks)."""
+    units = -(-32 * words.numel() // unit)
+    ranks = torch.empty(units + 1, dtype=torch.int64, device="cpu")
+    torch.ops.childtune_kernels.mask_ranks_(words.contiguous(), unit, ranks, capability())
+    return ranks
+
+
+_MOVED = 1 << 12  # elements whose ranks are counted before they are moved
+
+
+def mask_indices(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where bits are set (contract: ops.mask_indices)."""
+    words = words.contiguous()
+    ranks = mask_ranks(words, _MOVED)
+    indices = torch.empty(int(ranks[-1]), dtype=dtype, device="cpu")
+    torch.ops.childtune_kernels.mask_indices_(
+        words, ranks, _MOVED, indices, dtype.itemsize, capability()
+    )
+    return indices
+
+
+def gather_masked(values: Tensor, words: Tensor) -> Tensor:
+    """The values where bits are set (contract: ops.gather_masked)."""
+    ranks = mask_ranks(words, _MOVED)
+    child = torch.empty(int(ranks[-1]), dtype=values.dtype, device="cpu")
+    _move(values.contiguous(), child, words, ranks, True)
+    return child
+
+
+def scatter_masked_(values: Tensor, child: Tensor, words: Tensor) -> None:
+    """Put values where bits are set (contract: ops.scatter_masked_)."""
+    _move(values, child.contiguous(), words, mask_ranks(words, _MOVED), False)
+
+
+def _move(values: Tensor, child: Tensor, words: Tensor, ranks: Tensor, gather: bool) -> None:
+    torch.ops.childtune_kernels.move_masked_(
+        words.contiguous(),
+        ranks,
+        _MOVED,
+        values,
+        child,
+        values.element_size(),
+        gather,
+        capability(),
+    )
+
+
 def fisher_accumulate_(sums: Sequence[Tensor], gradients: Sequence[Tensor], scale: float) -> None:
     """Add every scaled squared gradient to its sums (contract: ops.fisher_accumulate_)."""
     torch.ops.childtune_kernels.fisher_accumulate_.default(sums, gradients, scale, capability())

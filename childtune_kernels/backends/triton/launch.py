@@ -56,11 +56,12 @@ _DEFAULTS = {
     "child_adamw_compact": Config(1024, 8),
     "fisher_accumulate": Config(1024, 8),
     "keep_words": Config(1024, 4),
-    "bitmask": Config(4096, 4),
+    "bitmask": Config(4096, 8),
     "topk_select": Config(4096, 8),
 }
 # The interpreter pays by operation, not by element.
 _INTERPRETER = Config(4096, 1)
+_INTERPRETER_BY_OP = {"bitmask": Config(1 << 15, 1)}
 
 
 def generation(device: torch.device) -> str:
@@ -76,7 +77,7 @@ def generation(device: torch.device) -> str:
 def config(op: str, of_generation: str) -> Config:
     """The configuration of an op; generations that are not in the table take the default."""
     if of_generation == "interpreter":
-        return _INTERPRETER
+        return _INTERPRETER_BY_OP.get(op, _INTERPRETER)
     return _GENERATIONS.get(of_generation, {}).get(op, _DEFAULTS[op])
 
 
