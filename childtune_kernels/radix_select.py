@@ -1,10 +1,15 @@
-"""The passes of a radix selection over named scores, which never leave their device (SPEC.md, eq. 15)."""
+"""The passes of a radix selection over named scores, which never leave their device (SPEC.md, eq. 15).
+
+What a pass finds (a digit, how many are still to be taken) goes into the next as a tensor without dimensions:
+on a device the host waits for nothing before it reads the report of the whole selection. On CPUs, where a
+number costs nothing to read, large selections go by a bracket that a sample gives.
+"""
 
 from __future__ import annotations
 
 import math
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -23,13 +28,13 @@ _BYTES_OF_BINS = 1 << 24  # of all threads together
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # (shift, bits) of the key's digits, the highest first
 
 
-def refuse_unordered(scores: Mapping[str, Tensor], refused: Tensor) -> None:
-    """Raise for the first tensor that holds what cannot be ordered.
+def refuse_unordered(scores: Mapping[str, Tensor], refused: Sequence[int]) -> None:
+    """Raise for the first tensor that holds what cannot be ordered; ``refused`` counts by tensor.
 
     Raises:
         ValueError: names the parameter, the first such value, and where it is.
     """
-    for (label, value), count in zip(scores.items(), refused.tolist(), strict=True):
+    for (label, value), count in zip(scores.items(), refused, strict=True):
         if count:
             flat = value.view(-1)
             at = int((~(flat >= 0) | flat.isinf()).nonzero()[0])
@@ -48,43 +53,67 @@ class Place(NamedTuple):
     equal: int
 
 
+class UnreadPlace(NamedTuple):
+    """The same in int64 tensors without dimensions, on the scores' device."""
+
+    key: Tensor
+    taken: Tensor
+    equal: Tensor
+
+
 def place_of(scores: Mapping[str, Tensor], k: int, largest: bool, backend: str | None) -> Place:
-    """Where the k-th score (k >= 1) lies. Only a sample and histograms leave the tensors' device.
+    """Where the k-th score (k >= 1) lies, for the host to know.
 
     Raises:
         ValueError: a NaN, infinite or negative score.
     """
-    total = sum(value.numel() for value in scores.values())
-    values = list(scores.values())
-    if total >= _WORTH_A_SAMPLE:
-        place = _place_in_bracket(scores, k, total, largest, backend)
-        if place is not None:
-            return place
-    place, refused = _place_by_digits(values, k, largest, backend)
-    refuse_unordered(scores, refused)
-    return place
+    place, refused = find_place(list(scores.values()), k, largest, backend)
+    *counts, key, taken, equal = torch.cat([refused, torch.stack(place)]).tolist()
+    refuse_unordered(scores, counts)
+    return Place(key, taken, equal)
+
+
+def find_place(
+    values: list[Tensor], k: int, largest: bool, backend: str | None
+) -> tuple[UnreadPlace, Tensor]:
+    """Where the k-th score (k >= 1) lies, and how many scores of each tensor cannot be ordered.
+
+    The place has a meaning only where all can. On a device the host reads nothing.
+    """
+    total = sum(value.numel() for value in values)
+    if total >= _WORTH_A_SAMPLE and _is_host_memory(values, backend):
+        found = _place_in_bracket(values, k, total, largest, backend)
+        if found is not None:
+            place, refused = found
+            return UnreadPlace(*torch.tensor(place, device="cpu").unbind()), refused
+    return _place_by_digits(values, k, largest, backend)
+
+
+def _is_host_memory(values: list[Tensor], backend: str | None) -> bool:
+    """Whether the host reads a number at no cost; Triton's interpreter goes the way of the devices."""
+    return values[0].device.type == "cpu" and backend != "triton"
 
 
 def _place_by_digits(
     values: list[Tensor], k: int, largest: bool, backend: str | None
-) -> tuple[Place, Tensor]:
-    """The place, which has a meaning only where no score is refused, and the refused of every tensor."""
-    key, taken, equal = 0, k, 0
-    refused = torch.zeros(len(values), dtype=torch.int64)
+) -> tuple[UnreadPlace, Tensor]:
+    device = values[0].device
+    key = torch.zeros((), dtype=torch.int64, device=device)
+    taken = equal = torch.full((), k, dtype=torch.int64, device=device)
+    refused = torch.zeros(len(values), dtype=torch.int64, device=device)
     for shift, bits in _DIGITS:
         counts, found = ops.digit_histogram(values, shift, bits, key, backend)
         if shift + bits == 31:
             refused = found
         at, taken, equal = _bin_of(counts, taken, largest)
-        key = key << bits | at
-    return Place(key, taken, equal), refused
+        key = (key << bits) + at
+    return UnreadPlace(key, taken, equal), refused
 
 
 def _place_in_bracket(
-    scores: Mapping[str, Tensor], k: int, total: int, largest: bool, backend: str | None
-) -> Place | None:
+    values: list[Tensor], k: int, total: int, largest: bool, backend: str | None
+) -> tuple[Place, Tensor] | None:
     """The same by a bracket that a sample gives; None where there is none, or the k-th lies outside."""
-    values = list(scores.values())
     bracket = _bracket(values, k / total, largest, backend)
     if bracket is None:
         return None
@@ -92,18 +121,17 @@ def _place_in_bracket(
     most_bins = _BYTES_OF_BINS // (4 * torch.get_num_threads())
     shift = ((high - low) // most_bins).bit_length()
     counts, above, refused = ops.bracket_histogram(values, low, high, shift, backend)
-    refuse_unordered(scores, refused)
     before = int(above) if largest else total - int(above) - int(counts.sum())
     if not before < k <= before + int(counts.sum()):
         return None
-    at, taken, equal = _bin_of(counts, k - before, largest)
+    at, taken, equal = _read_bin_of(counts, k - before, largest)
     key = low + (at << shift)
     if shift:
         last = min(key + (1 << shift) - 1, high)
         counts, _, _ = ops.bracket_histogram(values, key, last, 0, backend)
-        at, taken, equal = _bin_of(counts, taken, largest)
+        at, taken, equal = _read_bin_of(counts, taken, largest)
         key += at
-    return Place(key, taken, equal)
+    return Place(key, taken, equal), refused
 
 
 def _bracket(
@@ -119,31 +147,39 @@ def _bracket(
     ranks = (int(middle - margin), int(middle + margin) + 1)
     if ranks[0] < 1 or ranks[1] > count:
         return None
-    ends = [_place_by_digits([sample], rank, largest, backend)[0].key for rank in ranks]
+    ends = [int(_place_by_digits([sample], rank, largest, backend)[0].key) for rank in ranks]
     return min(ends), max(ends)
 
 
-def _bin_of(counts: Tensor, k: int, largest: bool) -> tuple[int, int, int]:
+def _bin_of(counts: Tensor, k: Tensor, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
     """The bin of the k-th element, how many of the bin's are among the first k, and how many it holds."""
-    counts = counts.cpu()
     ordered = counts.flip(0) if largest else counts
     reached = ordered.cumsum(0)
-    at = int(torch.searchsorted(reached, k))
-    equal = int(ordered[at])
-    return counts.numel() - 1 - at if largest else at, k - int(reached[at]) + equal, equal
+    # Where scores were refused the k-th may lie beyond all bins.
+    at = torch.searchsorted(reached, k.view(1)).clamp(max=counts.numel() - 1)
+    equal = ordered.gather(0, at)
+    taken = k - reached.gather(0, at) + equal
+    if largest:
+        at = counts.numel() - 1 - at
+    return at.view(()), taken.view(()), equal.view(())
+
+
+def _read_bin_of(counts: Tensor, k: int, largest: bool) -> tuple[int, int, int]:
+    at, taken, equal = _bin_of(counts, torch.tensor(k, device="cpu"), largest)
+    return int(at), int(taken), int(equal)
 
 
 def words_up_to(
-    place: Place, values: list[Tensor], largest: bool, backend: str | None
+    place: UnreadPlace, values: list[Tensor], largest: bool, backend: str | None
 ) -> list[Tensor]:
-    """The mask words of the first scores in the order, up to the k-th."""
-    if place.taken == place.equal:
-        beyond = place.key - 1 if largest else place.key + 1
-        return ops.select_words(values, beyond, largest, backend=backend)[0]
-    words, ties = ops.select_words(values, place.key, largest, backend=backend)
+    """The mask words of the first scores in the order, up to the k-th; the host reads nothing."""
+    # Where all of the key are taken it lies beyond a threshold, and nothing is tied.
+    whole = place.taken == place.equal
+    threshold = place.key - whole.to(torch.int64) * (1 if largest else -1)
+    words, ties = ops.select_words(values, threshold, largest, backend=backend)
     before = ties.cumsum(0) - ties
-    quotas = (place.taken - before).clamp(min=0).minimum(ties)
-    ops.take_ties_(values, words, place.key, quotas, backend=backend)
+    quotas = (place.taken * ~whole - before).clamp(min=0).minimum(ties)
+    ops.take_ties_(values, words, threshold, quotas, backend=backend)
     return words
 
 

@@ -18,7 +18,14 @@ from .child_mask import ChildMask, by_label
 from .labels import philox_key
 from .plan_row import contiguous_map
 from .progress import progress_of_amount
-from .radix_select import first_key_from, place_of, refuse_unordered, value_of, words_up_to
+from .radix_select import (
+    find_place,
+    first_key_from,
+    place_of,
+    refuse_unordered,
+    value_of,
+    words_up_to,
+)
 
 SCOPES = ("global", "tensor")
 RULES = ("exact", "percentile")
@@ -81,7 +88,7 @@ def select_child(
     else:
         scopes = [scores] if scope == "global" else [{label: scores[label]} for label in scores]
         selections = [_selected(each, size, granularity, largest, backend) for each in scopes]
-        _warn_of_zeros(selections)
+        _warn_of_zeros(selections, _settle(selections, largest))
         words = {label: each for found in selections for label, each in found.words.items()}
     return ChildMask(words, {label: value.shape for label, value in named.items()}, dense)
 
@@ -193,49 +200,76 @@ def _contiguous_fp32(label: str, value: Tensor) -> Tensor:
 
 
 class _Selection(NamedTuple):
-    """The words of one scope, k, and how many of the k have a score of zero though others were wanted."""
+    """The words of one scope, and what says whether they hold: nothing of it has been read.
 
+    ``report``: of each tensor the refused elements, with runs of each tensor the refused scores, then
+    the k-th key and how many of it are taken; nothing where k is 0.
+    """
+
+    scores: Mapping[str, Tensor]
     words: dict[str, Tensor]
     k: int
-    zeros: int
-
-
-def _exact(scores: Mapping[str, Tensor], k: int, largest: bool, backend: str | None) -> _Selection:
-    """The first k scores in the order of eq. 15."""
-    place = place_of(scores, k, largest, backend)
-    words = words_up_to(place, list(scores.values()), largest, backend)
-    zeros = place.taken if largest and place.key == 0 else 0
-    return _Selection(dict(zip(scores, words, strict=True)), k, zeros)
+    granularity: int
+    report: Tensor
 
 
 def _selected(
     scores: Mapping[str, Tensor], size: _Size, granularity: int, largest: bool, backend: str | None
 ) -> _Selection:
-    """The selection in one scope, by elements or by runs."""
+    """The first scores of one scope in the order of eq. 15, by elements or by runs."""
     candidates = sum(-(-value.numel() // granularity) for value in scores.values())
     k = size.of(candidates, granularity)
+    values = list(scores.values())
     if k == 0:
-        return _Selection({label: _no_words(value) for label, value in scores.items()}, 0, 0)
-    if granularity == 1:
-        return _exact(scores, k, largest, backend)
-    runs, refused = ops.run_scores(list(scores.values()), granularity, backend)
-    refuse_unordered(scores, refused)
-    for label, sums in zip(scores, runs, strict=True):
-        if bool(sums.isinf().any()):
+        none = {label: _no_words(value) for label, value in scores.items()}
+        return _Selection(scores, none, 0, granularity, torch.zeros(0, device="cpu").long())
+    counts = []
+    if granularity > 1:
+        values, refused = ops.run_scores(values, granularity, backend)
+        counts.append(refused)
+    place, refused = find_place(values, k, largest, backend)
+    words = dict(zip(scores, words_up_to(place, values, largest, backend), strict=True))
+    if granularity > 1:
+        for label, chosen in words.items():
+            words[label] = _words_of_runs(chosen, scores[label].numel(), granularity, backend)
+    report = torch.cat([*counts, refused, torch.stack([place.key, place.taken])])
+    return _Selection(scores, words, k, granularity, report)
+
+
+def _settle(selections: Sequence[_Selection], largest: bool) -> list[int]:
+    """Read the reports of all scopes at once: of each k how many have a score of zero, unless wanted.
+
+    Raises:
+        ValueError: what ``select_child`` says of values.
+    """
+    reports = [found.report for found in selections if found.k]
+    numbers = torch.cat(reports).tolist() if reports else []
+    zeros, at = [], 0
+    for found in selections:
+        report = numbers[at : at + found.report.numel()]
+        at += found.report.numel()
+        if found.k == 0:
+            zeros.append(0)
+            continue
+        refuse_unordered(found.scores, report[: len(found.scores)])
+        if found.granularity > 1:
+            _refuse_overflow(found, report[len(found.scores) : -2])
+        key, taken = report[-2:]
+        zeros.append(taken if largest and key == 0 else 0)
+    return zeros
+
+
+def _refuse_overflow(found: _Selection, refused: Sequence[int]) -> None:
+    for label, count in zip(found.scores, refused, strict=True):
+        if count:
             raise ValueError(
-                f"Fisher information of {label}: the sum over a run of {granularity} elements overflows "
-                "float32; divide all Fisher information by a power of two"
+                f"Fisher information of {label}: the sum over a run of {found.granularity} elements "
+                "overflows float32; divide all Fisher information by a power of two"
             )
-    by_run = _exact(dict(zip(scores, runs, strict=True)), k, largest, backend)
-    words = {
-        label: _words_of_runs(chosen, scores[label].numel(), granularity, backend)
-        for label, chosen in by_run.words.items()
-    }
-    return by_run._replace(words=words)
 
 
-def _warn_of_zeros(selections: Iterable[_Selection]) -> None:
-    short = [found for found in selections if found.zeros]
+def _warn_of_zeros(selections: Sequence[_Selection], zeros: Sequence[int]) -> None:
+    short = [found for found, count in zip(selections, zeros, strict=True) if count]
     if not short:
         return
     k = sum(found.k for found in short)
@@ -243,7 +277,7 @@ def _warn_of_zeros(selections: Iterable[_Selection]) -> None:
         f" of {', '.join(next(iter(found.words)) for found in short[:8])}" if len(short) > 1 else ""
     )
     warnings.warn(
-        f"k={k} is more than the {k - sum(found.zeros for found in short)} non-zero values of Fisher "
+        f"k={k} is more than the {k - sum(zeros)} non-zero values of Fisher "
         f"information{where}; the rest of the child are zeros, the first by position. Use a smaller "
         "reserve_p, or more examples",
         UserWarning,
@@ -258,7 +292,7 @@ def _no_words(value: Tensor) -> Tensor:
 def _words_of_runs(run_words: Tensor, numel: int, granularity: int, backend: str | None) -> Tensor:
     """The words of elements of which whole runs are chosen."""
     runs, count = -(-numel // granularity), -(-numel // 32)
-    chosen = ops.unpack_mask(run_words, (runs,), backend)
+    chosen = ops.unpack_mask(run_words, (runs,), backend, tail_is_zero=True)
     words = chosen.repeat_interleave(granularity // 32)[:count].to(torch.int32).neg_()
     if numel % 32:
         words[-1] &= (1 << numel % 32) - 1
@@ -268,7 +302,10 @@ def _words_of_runs(run_words: Tensor, numel: int, granularity: int, backend: str
 def _percentile_words(
     scores: Mapping[str, Tensor], reserve_p: float, backend: str | None
 ) -> dict[str, Tensor]:
-    """Every element at or above the percentile (SPEC.md, "Selection", in double precision throughout)."""
+    """Every element at or above the percentile (SPEC.md, "Selection", in double precision throughout).
+
+    The host reads the places between which the percentile lies: a control, not the way of training.
+    """
     numel = sum(value.numel() for value in scores.values())
     if numel == 0:
         return {label: _no_words(value) for label, value in scores.items()}

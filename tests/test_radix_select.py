@@ -46,9 +46,10 @@ def bracketed(monkeypatch: pytest.MonkeyPatch) -> list[Place | None]:
     found: list[Place | None] = []
     attempt = radix_select._place_in_bracket
 
-    def noted(*arguments: object) -> Place | None:
-        found.append(attempt(*arguments))  # type: ignore[arg-type]
-        return found[-1]
+    def noted(*arguments: object) -> tuple[Place, Tensor] | None:
+        place = attempt(*arguments)  # type: ignore[arg-type]
+        found.append(place[0] if place else None)
+        return place
 
     monkeypatch.setattr(radix_select, "_place_in_bracket", noted)
     return found
@@ -75,6 +76,9 @@ def test_a_bracket_finds_what_sorting_finds(
         first = int((keys == key).nonzero()[0])
         expected = Place(key, k - first, int((keys == key).sum()))
         assert place_of(_parts(SCORES[scores]), k, largest, backend) == expected
+    if backend == "triton":  # goes the way of the devices, without a sample
+        assert bracketed == []
+        return
     assert len(bracketed) == len(RANKS)
     # A sample of 256 has nothing to say of the first and the last few.
     assert [place is None for place in bracketed] == [k in RANKS[:2] + RANKS[-2:] for k in RANKS]
@@ -91,7 +95,7 @@ def test_a_sample_that_misleads_costs_time_alone(
     expected = scores.sort(descending=largest).values[k - 1]
     place = place_of({"w": scores}, k, largest, backend)
     assert radix_select.value_of(place.key) == float(expected)
-    assert bracketed == [None]
+    assert bracketed == ([] if backend == "triton" else [None])
 
 
 def test_few_scores_are_not_sampled(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -117,9 +121,8 @@ def test_thread_counts_change_nothing(
     scores = {"w": torch.cat([_spread(NUMEL)] * 8)}
     torch.set_num_threads(threads)
     place = place_of(scores, 100_000, True, column)
-    assert (
-        place == radix_select._place_by_digits(list(scores.values()), 100_000, True, "reference")[0]
-    )
+    expected, _ = radix_select._place_by_digits([*scores.values()], 100_000, True, "reference")
+    assert place == Place(*(int(number) for number in expected))
 
 
 @pytest.mark.usefixtures("bracketed")

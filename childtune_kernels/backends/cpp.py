@@ -190,13 +190,13 @@ def fisher_accumulate_(sums: Sequence[Tensor], gradients: Sequence[Tensor], scal
 
 
 def digit_histogram(
-    scores: Sequence[Tensor], shift: int, bits: int, prefix: int
+    scores: Sequence[Tensor], shift: int, bits: int, prefix: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Counts of one digit, and of refused scores (contract: ops.digit_histogram)."""
     counts = torch.zeros(1 << bits, dtype=torch.int64, device="cpu")
     refused = torch.zeros(len(scores), dtype=torch.int64, device="cpu")
     torch.ops.childtune_kernels.digit_histogram_(
-        scores, shift, bits, prefix, counts, refused, capability()
+        scores, shift, bits, int(prefix), counts, refused, capability()
     )
     return counts, refused
 
@@ -215,24 +215,28 @@ def bracket_histogram(
 
 
 def select_words(
-    scores: Sequence[Tensor], threshold: int, largest: bool, unit: int
+    scores: Sequence[Tensor], threshold: int | Tensor, largest: bool, unit: int
 ) -> tuple[list[Tensor], Tensor]:
     """Words beyond a key and counts of equals (contract: ops.select_words)."""
     words = [_empty(score, 32, torch.int32) for score in scores]
     units = sum(-(-score.numel() // unit) for score in scores)
     ties = torch.empty(units, dtype=torch.int64, device="cpu")
     torch.ops.childtune_kernels.select_words_(
-        scores, threshold, largest, unit, words, ties, capability()
+        scores, int(threshold), largest, unit, words, ties, capability()
     )
     return words, ties
 
 
 def take_ties_(
-    scores: Sequence[Tensor], words: Sequence[Tensor], threshold: int, quotas: Tensor, unit: int
+    scores: Sequence[Tensor],
+    words: Sequence[Tensor],
+    threshold: int | Tensor,
+    quotas: Tensor,
+    unit: int,
 ) -> None:
     """Set the bits of the first equals of each unit (contract: ops.take_ties_)."""
     torch.ops.childtune_kernels.take_ties_(
-        scores, threshold, quotas.contiguous(), unit, words, capability()
+        scores, int(threshold), quotas.contiguous(), unit, words, capability()
     )
 
 

@@ -1,4 +1,8 @@
-"""Op topk_select: the passes of an exact selection."""
+"""Op topk_select: the passes of an exact selection.
+
+A key or a prefix may be a Python int, or an int64 tensor without dimensions on the scores' device: what one
+pass finds goes into the next without the host reading it. Only ints are checked against their range.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,11 @@ from .bitmask import check_words
 SCORE_UNIT = 1 << 16  # elements whose equal scores are counted together
 
 
+Number = int | Tensor
+
+
 def digit_histogram(
-    scores: Sequence[Tensor], shift: int, bits: int, prefix: int, backend: str | None = None
+    scores: Sequence[Tensor], shift: int, bits: int, prefix: Number, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """One pass of a radix selection over all tensors (SPEC.md, eq. 15).
 
@@ -35,7 +42,12 @@ def digit_histogram(
         ValueError: scores that are no contiguous fp32 tensors of one device, or bits outside the key.
     """
     device = _check_scores(scores)
-    if not (shift >= 0 < bits and shift + bits <= 31 and 0 <= prefix < 1 << (31 - shift - bits)):
+    prefix = _number("prefix", prefix, device)
+    if not (
+        shift >= 0 < bits
+        and shift + bits <= 31
+        and (isinstance(prefix, Tensor) or 0 <= prefix < 1 << (31 - shift - bits))
+    ):
         raise ValueError(
             f"digit (shift={shift}, bits={bits}, prefix={prefix}) leaves a key's 31 bits"
         )
@@ -75,7 +87,7 @@ def bracket_histogram(
 
 def select_words(
     scores: Sequence[Tensor],
-    threshold: int,
+    threshold: Number,
     largest: bool,
     unit: int = SCORE_UNIT,
     backend: str | None = None,
@@ -95,7 +107,8 @@ def select_words(
         ValueError: scores of another kind, a threshold or unit out of range.
     """
     device = _check_scores(scores)
-    if not -1 <= threshold < 1 << 31:
+    threshold = _number("threshold", threshold, device)
+    if not (isinstance(threshold, Tensor) or -1 <= threshold < 1 << 31):
         raise ValueError(f"threshold={threshold} must be a key of 31 bits, or -1")
     _check_unit(unit)
     module = registry.choose("topk_select", device, backend).module
@@ -106,7 +119,7 @@ def select_words(
 def take_ties_(
     scores: Sequence[Tensor],
     words: Sequence[Tensor],
-    threshold: int,
+    threshold: Number,
     quotas: Tensor,
     unit: int = SCORE_UNIT,
     backend: str | None = None,
@@ -115,13 +128,14 @@ def take_ties_(
 
     Args:
         scores, threshold, unit: as for ``select_words``.
-        words: what ``select_words`` gave; changed in place.
+        words: what ``select_words`` gave, whose tails are not read; changed in place.
         quotas: int64 ``[units]``, each at most the unit's count of equal scores.
 
     Raises:
         ValueError: scores of another kind, words or quotas that do not fit them.
     """
     device = _check_scores(scores)
+    threshold = _number("threshold", threshold, device)
     _check_unit(unit)
     units = sum(-(-score.numel() // unit) for score in scores)
     if quotas.dtype != torch.int64 or quotas.shape != (units,) or len(words) != len(scores):
@@ -130,7 +144,7 @@ def take_ties_(
             f"tensors; expected as many words, and int64 ({units},)"
         )
     for at, (score, target) in enumerate(zip(scores, words, strict=True)):
-        check_words(f"scores {at}", target, score.numel())
+        check_words(f"scores {at}", target, score.numel(), tail_is_zero=True)
     module = registry.choose("topk_select", device, backend).module
     module.take_ties_(scores, words, threshold, quotas, unit)
 
@@ -157,6 +171,18 @@ def run_scores(
     module = registry.choose("topk_select", device, backend).module
     runs, refused = module.run_scores(scores, granularity)
     return runs, refused
+
+
+def _number(what: str, number: Number, device: torch.device) -> Number:
+    """A number, checked where it is a tensor."""
+    if isinstance(number, Tensor) and (
+        number.dtype != torch.int64 or number.dim() or number.device != device
+    ):
+        raise ValueError(
+            f"{what}: a tensor of {number.dtype} {tuple(number.shape)} on {number.device}; expected "
+            f"int64 () on {device}, or an int"
+        )
+    return number
 
 
 def _check_unit(unit: int) -> None:

@@ -32,7 +32,7 @@ def _count_refused(score: Tensor) -> Tensor:
 
 
 def digit_histogram(
-    scores: Sequence[Tensor], shift: int, bits: int, prefix: int
+    scores: Sequence[Tensor], shift: int, bits: int, prefix: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Counts of one digit, and of refused scores (contract: ops.digit_histogram)."""
     device = scores[0].device
@@ -69,7 +69,7 @@ def bracket_histogram(
 
 
 def select_words(
-    scores: Sequence[Tensor], threshold: int, largest: bool, unit: int
+    scores: Sequence[Tensor], threshold: int | Tensor, largest: bool, unit: int
 ) -> tuple[list[Tensor], Tensor]:
     """Words beyond a key and counts of equals (contract: ops.select_words)."""
     words, ties = [], []
@@ -85,7 +85,11 @@ def select_words(
 
 
 def take_ties_(
-    scores: Sequence[Tensor], words: Sequence[Tensor], threshold: int, quotas: Tensor, unit: int
+    scores: Sequence[Tensor],
+    words: Sequence[Tensor],
+    threshold: int | Tensor,
+    quotas: Tensor,
+    unit: int,
 ) -> None:
     """Set the bits of the first equals of each unit (contract: ops.take_ties_)."""
     remaining = iter(quotas.tolist())

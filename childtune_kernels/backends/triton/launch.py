@@ -61,7 +61,7 @@ _DEFAULTS = {
 }
 # The interpreter pays by operation, not by element.
 _INTERPRETER = Config(4096, 1)
-_INTERPRETER_BY_OP = {"bitmask": Config(1 << 15, 1)}
+_INTERPRETER_BY_OP = {"bitmask": Config(1 << 15, 1), "topk_select": Config(1 << 14, 1)}
 
 
 def generation(device: torch.device) -> str:
