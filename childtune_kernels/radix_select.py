@@ -45,20 +45,23 @@ def refuse_unordered(scores: Mapping[str, Tensor], refused: Sequence[int]) -> No
             )
 
 
+Number = int | Tensor
+
+
 class Place(NamedTuple):
-    """Where the k-th element lies: its key, how many of that key are taken, and how many there are."""
+    """Where the k-th element lies: its key, how many of that key are taken, and how many there are.
 
-    key: int
-    taken: int
-    equal: int
+    Ints in host memory; on a device int64 tensors without dimensions, which nobody has read.
+    """
 
+    key: Number
+    taken: Number
+    equal: Number
 
-class UnreadPlace(NamedTuple):
-    """The same in int64 tensors without dimensions, on the scores' device."""
-
-    key: Tensor
-    taken: Tensor
-    equal: Tensor
+    def on(self, device: torch.device) -> Tensor:
+        """The three numbers in one tensor."""
+        unread = [each for each in self if isinstance(each, Tensor)]
+        return torch.stack(unread) if unread else torch.tensor(self, device=device)
 
 
 def place_of(scores: Mapping[str, Tensor], k: int, largest: bool, backend: str | None) -> Place:
@@ -67,15 +70,16 @@ def place_of(scores: Mapping[str, Tensor], k: int, largest: bool, backend: str |
     Raises:
         ValueError: a NaN, infinite or negative score.
     """
-    place, refused = find_place(list(scores.values()), k, largest, backend)
-    *counts, key, taken, equal = torch.cat([refused, torch.stack(place)]).tolist()
+    values = list(scores.values())
+    place, refused = find_place(values, k, largest, backend)
+    *counts, key, taken, equal = torch.cat([refused, place.on(values[0].device)]).tolist()
     refuse_unordered(scores, counts)
     return Place(key, taken, equal)
 
 
 def find_place(
     values: list[Tensor], k: int, largest: bool, backend: str | None
-) -> tuple[UnreadPlace, Tensor]:
+) -> tuple[Place, Tensor]:
     """Where the k-th score (k >= 1) lies, and how many scores of each tensor cannot be ordered.
 
     The place has a meaning only where all can. On a device the host reads nothing.
@@ -84,8 +88,7 @@ def find_place(
     if total >= _WORTH_A_SAMPLE and _is_host_memory(values, backend):
         found = _place_in_bracket(values, k, total, largest, backend)
         if found is not None:
-            place, refused = found
-            return UnreadPlace(*torch.tensor(place, device="cpu").unbind()), refused
+            return found
     return _place_by_digits(values, k, largest, backend)
 
 
@@ -96,10 +99,12 @@ def _is_host_memory(values: list[Tensor], backend: str | None) -> bool:
 
 def _place_by_digits(
     values: list[Tensor], k: int, largest: bool, backend: str | None
-) -> tuple[UnreadPlace, Tensor]:
+) -> tuple[Place, Tensor]:
     device = values[0].device
-    key = torch.zeros((), dtype=torch.int64, device=device)
-    taken = equal = torch.full((), k, dtype=torch.int64, device=device)
+    near = _is_host_memory(values, backend)
+    key: Number = 0 if near else torch.zeros((), dtype=torch.int64, device=device)
+    taken: Number = k if near else torch.full((), k, dtype=torch.int64, device=device)
+    equal = taken
     refused = torch.zeros(len(values), dtype=torch.int64, device=device)
     for shift, bits in _DIGITS:
         counts, found = ops.digit_histogram(values, shift, bits, key, backend)
@@ -107,7 +112,7 @@ def _place_by_digits(
             refused = found
         at, taken, equal = _bin_of(counts, taken, largest)
         key = (key << bits) + at
-    return UnreadPlace(key, taken, equal), refused
+    return Place(key, taken, equal), refused
 
 
 def _place_in_bracket(
@@ -124,12 +129,12 @@ def _place_in_bracket(
     before = int(above) if largest else total - int(above) - int(counts.sum())
     if not before < k <= before + int(counts.sum()):
         return None
-    at, taken, equal = _read_bin_of(counts, k - before, largest)
+    at, taken, equal = _near_bin_of(counts, k - before, largest)
     key = low + (at << shift)
     if shift:
         last = min(key + (1 << shift) - 1, high)
         counts, _, _ = ops.bracket_histogram(values, key, last, 0, backend)
-        at, taken, equal = _read_bin_of(counts, taken, largest)
+        at, taken, equal = _near_bin_of(counts, taken, largest)
         key += at
     return Place(key, taken, equal), refused
 
@@ -147,12 +152,15 @@ def _bracket(
     ranks = (int(middle - margin), int(middle + margin) + 1)
     if ranks[0] < 1 or ranks[1] > count:
         return None
-    ends = [int(_place_by_digits([sample], rank, largest, backend)[0].key) for rank in ranks]
+    keys = [_place_by_digits([sample], rank, largest, backend)[0].key for rank in ranks]
+    ends = [int(key) for key in keys]
     return min(ends), max(ends)
 
 
-def _bin_of(counts: Tensor, k: Tensor, largest: bool) -> tuple[Tensor, Tensor, Tensor]:
+def _bin_of(counts: Tensor, k: Number, largest: bool) -> tuple[Number, Number, Number]:
     """The bin of the k-th element, how many of the bin's are among the first k, and how many it holds."""
+    if isinstance(k, int):
+        return _near_bin_of(counts, k, largest)
     ordered = counts.flip(0) if largest else counts
     reached = ordered.cumsum(0)
     # Where scores were refused the k-th may lie beyond all bins.
@@ -164,22 +172,33 @@ def _bin_of(counts: Tensor, k: Tensor, largest: bool) -> tuple[Tensor, Tensor, T
     return at.view(()), taken.view(()), equal.view(())
 
 
-def _read_bin_of(counts: Tensor, k: int, largest: bool) -> tuple[int, int, int]:
-    at, taken, equal = _bin_of(counts, torch.tensor(k, device="cpu"), largest)
-    return int(at), int(taken), int(equal)
+def _near_bin_of(counts: Tensor, k: int, largest: bool) -> tuple[int, int, int]:
+    ordered = counts.flip(0) if largest else counts
+    reached = ordered.cumsum(0)
+    at = min(int(torch.searchsorted(reached, k)), counts.numel() - 1)
+    equal = int(ordered[at])
+    return counts.numel() - 1 - at if largest else at, k - int(reached[at]) + equal, equal
 
 
 def words_up_to(
-    place: UnreadPlace, values: list[Tensor], largest: bool, backend: str | None
+    place: Place, values: list[Tensor], largest: bool, backend: str | None
 ) -> list[Tensor]:
-    """The mask words of the first scores in the order, up to the k-th; the host reads nothing."""
-    # Where all of the key are taken it lies beyond a threshold, and nothing is tied.
-    whole = place.taken == place.equal
-    threshold = place.key - whole.to(torch.int64) * (1 if largest else -1)
+    """The mask words of the first scores in the order, up to the k-th; of a device the host reads nothing."""
+    # Where all of the key are taken it lies beyond a threshold, and no ties are left.
+    key, taken, equal = place
+    step = 1 if largest else -1
+    threshold: Number
+    wanted: Number
+    if isinstance(taken, Tensor):
+        whole = taken == equal
+        threshold, wanted = key - whole * step, taken * ~whole
+    else:
+        threshold, wanted = (key - step, 0) if taken == equal else (key, taken)
     words, ties = ops.select_words(values, threshold, largest, backend=backend)
-    before = ties.cumsum(0) - ties
-    quotas = (place.taken * ~whole - before).clamp(min=0).minimum(ties)
-    ops.take_ties_(values, words, threshold, quotas, backend=backend)
+    if isinstance(wanted, Tensor) or wanted > 0:
+        before = ties.cumsum(0) - ties
+        quotas = (wanted - before).clamp(min=0).minimum(ties)
+        ops.take_ties_(values, words, threshold, quotas, backend=backend)
     return words
 
 

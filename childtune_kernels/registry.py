@@ -26,7 +26,11 @@ TABLE: dict[str, dict[str, str | None]] = {
         "cpp": "cpp",
         "reference": "reference.fisher_accumulate",
     },
-    "topk_select": {"triton": "triton.topk_select", "cpp": "cpp", "reference": "reference.topk_select"},
+    "topk_select": {
+        "triton": "triton.topk_select",
+        "cpp": "cpp",
+        "reference": "reference.topk_select",
+    },
 }
 
 _warned: set[str] = set()

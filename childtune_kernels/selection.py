@@ -232,7 +232,7 @@ def _selected(
     if granularity > 1:
         for label, chosen in words.items():
             words[label] = _words_of_runs(chosen, scores[label].numel(), granularity, backend)
-    report = torch.cat([*counts, refused, torch.stack([place.key, place.taken])])
+    report = torch.cat([*counts, refused, place.on(refused.device)[:2]])
     return _Selection(scores, words, k, granularity, report)
 
 
@@ -312,9 +312,9 @@ def _percentile_words(
     position = (numel - 1) * (100 * (1 - float(reserve_p)) / 100)
     rank = math.floor(position)
     place = place_of(scores, rank + 1, False, backend)
-    lower = upper = value_of(place.key)
+    lower = upper = value_of(int(place.key))
     if place.taken == place.equal and rank + 1 < numel:
-        upper = value_of(place_of(scores, rank + 2, False, backend).key)
+        upper = value_of(int(place_of(scores, rank + 2, False, backend).key))
     part, step = position - rank, upper - lower
     percentile = lower + step * part if part < 0.5 else upper - step * (1 - part)
     words, _ = ops.select_words(

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from childtune_kernels import ops, radix_select, select_child
+from childtune_kernels import ChildMask, ops, radix_select, registry, select_child, selection
 from childtune_kernels.radix_select import Place, place_of
 
 from .cases import generator_of
@@ -94,7 +99,7 @@ def test_a_sample_that_misleads_costs_time_alone(
     k = NUMEL // 3
     expected = scores.sort(descending=largest).values[k - 1]
     place = place_of({"w": scores}, k, largest, backend)
-    assert radix_select.value_of(place.key) == float(expected)
+    assert radix_select.value_of(int(place.key)) == float(expected)
     assert bracketed == ([] if backend == "triton" else [None])
 
 
@@ -122,7 +127,7 @@ def test_thread_counts_change_nothing(
     torch.set_num_threads(threads)
     place = place_of(scores, 100_000, True, column)
     expected, _ = radix_select._place_by_digits([*scores.values()], 100_000, True, "reference")
-    assert place == Place(*(int(number) for number in expected))
+    assert place == expected
 
 
 @pytest.mark.usefixtures("bracketed")
@@ -138,3 +143,156 @@ def test_a_bracket_reads_the_scores_once(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(ops, "bracket_histogram", noted)
     place_of({"w": _spread(NUMEL)}, NUMEL // 3, True, None)
     assert read == [NUMEL]
+
+
+class _Watch(TorchDispatchMode):
+    """While it is on, nothing may bring a tensor's contents to the host."""
+
+    on = False
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, arguments: Any = (), options: Any = None
+    ) -> Any:
+        if function.name() in ("aten::_local_scalar_dense", "aten::nonzero", "aten::equal"):
+            self.refuse(function.name())
+        return function(*arguments, **(options or {}))
+
+    def refuse(self, name: str) -> None:
+        assert not self.on, f"{name} reads before the report"
+
+
+@pytest.fixture
+def watch(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """Selections go the way of devices, and kernels alone look into tensors before the report.
+
+    Yields:
+        What ran, in order: the names of the kernels, and "report".
+    """
+    ran: list[str] = []
+    guard = _Watch()
+
+    def unwatched(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            ran.append(name)
+            before, guard.on = guard.on, False
+            result = function(*arguments, **options)
+            guard.on = before
+            return result
+
+        return call
+
+    def selected(*arguments: Any) -> Any:
+        guard.on = True
+        return select(*arguments)
+
+    def settle(*arguments: Any) -> Any:
+        ran.append("report")
+        guard.on = False
+        return read(*arguments)
+
+    def watched(name: str, function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            guard.refuse(name)
+            return function(*arguments, **options)
+
+        return call
+
+    select, read = selection._selected, selection._settle
+    monkeypatch.setattr(selection, "_selected", selected)
+    monkeypatch.setattr(selection, "_settle", settle)
+    monkeypatch.setattr(radix_select, "_is_host_memory", lambda *_: False)
+    for name in ("tolist", "cpu", "numpy", "item", "__int__", "__bool__", "__index__"):
+        monkeypatch.setattr(Tensor, name, watched(name, getattr(Tensor, name)))
+    if backend == "triton":
+        from childtune_kernels.backends.triton import launch
+
+        run = launch.launch
+        monkeypatch.setattr(
+            launch,
+            "launch",
+            lambda kernel, *rest: unwatched(_op_of(kernel), run)(kernel, *rest),
+        )
+    else:
+        for op, names in _KERNELS.items():
+            module = registry.choose(op, "cpu", backend).module
+            for name in names:
+                monkeypatch.setattr(module, name, unwatched(name, getattr(module, name)))
+    with guard:
+        yield ran
+
+
+_KERNELS = {
+    "topk_select": ("digit_histogram", "select_words", "take_ties_", "run_scores"),
+    "bitmask": ("unpack_mask",),
+}
+
+
+def _op_of(kernel: Any) -> str:
+    name: str = kernel.fn.__name__.removeprefix("_").removesuffix("_kernel")
+    return {"take_ties": "take_ties_"}.get(name, name)
+
+
+PASSES = ["digit_histogram"] * 3 + ["select_words", "take_ties_"]
+
+
+@pytest.mark.parametrize("scores", SCORES)
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_device_is_not_asked_before_the_report(
+    scores: str, largest: bool, backend: str, watch: list[str]
+) -> None:
+    fisher = _parts(SCORES[scores])
+    ordered = torch.cat([part.view(-1) for part in fisher.values()])
+    for k in (1, NUMEL // 3, NUMEL):
+        watch.clear()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)
+            mask = select_child(fisher, k=k, largest=largest, backend=backend)
+        assert watch[:6] == [*PASSES, "report"]
+        first = ordered.argsort(descending=largest, stable=True)[:k]
+        expected = torch.zeros(NUMEL, dtype=torch.bool).index_fill(0, first, True)
+        assert torch.equal(torch.cat([mask.dense(name).view(-1) for name in fisher]), expected)
+
+
+_THREE_PARTS = {name: part for name, part in _parts(SCORES["spread"]).items() if part.numel()}
+_OPTIONS: dict[str, dict[str, Any]] = {
+    "scopes": {"scope": "tensor", "reserve_p": 0.3},
+    "runs": {"granularity": 64, "reserve_p": 0.3},
+}
+
+
+@pytest.fixture(scope="module")
+def by_the_reference() -> dict[str, ChildMask]:
+    return {
+        name: select_child(_THREE_PARTS, backend="reference", **options)
+        for name, options in _OPTIONS.items()
+    }
+
+
+@pytest.mark.parametrize("what", _OPTIONS)
+def test_all_scopes_and_runs_are_reported_at_once(
+    what: str, backend: str, by_the_reference: dict[str, ChildMask], watch: list[str]
+) -> None:
+    mask = select_child(_THREE_PARTS, backend=backend, **_OPTIONS[what])
+    passes = [each for each in watch if each != "unpack_mask"]
+    expected = PASSES * 3 if what == "scopes" else ["run_scores", *PASSES]
+    assert passes == [*expected, "report"]
+    assert mask == by_the_reference[what]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -1.0])
+@pytest.mark.parametrize("granularity", [1, 64])
+def test_what_has_no_order_is_named_by_the_report(
+    bad: float, granularity: int, backend: str, watch: list[str]
+) -> None:
+    scores = _spread(1000)
+    scores[[70, 71]] = bad
+    message = rf"Fisher information of w: {bad} at element 70 \(2 such"
+    for k in (1, 5, 15):
+        with pytest.raises(ValueError, match=message):
+            select_child(
+                {"v": _spread(100), "w": scores}, k=k, granularity=granularity, backend=backend
+            )
+    full = {"v": _spread(100), "w": torch.full((99,), 3e38)}
+    with pytest.raises(ValueError, match=r"information of w: the sum over a run of 64 .*overflows"):
+        select_child(full, k=1, granularity=64, backend=backend)
+    assert watch.count("report") == 4

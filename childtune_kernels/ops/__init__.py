@@ -1,6 +1,7 @@
 """The contracts, a module an op: arguments are checked here, once, and the chosen kernel is called."""
 
 from .bitmask import (
+    check_tails,
     check_words,
     count_mask,
     gather_masked,
@@ -32,6 +33,7 @@ __all__ = [
     "check_gradient",
     "check_parameter",
     "check_squares",
+    "check_tails",
     "check_words",
     "child_adamw_",
     "compute_dtype",

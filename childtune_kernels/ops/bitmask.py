@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -158,6 +158,26 @@ def check_words(label: str, words: Tensor, numel: int, *, tail_is_zero: bool = F
             f"mask of {label}: words of {words.dtype} and shape {tuple(words.shape)} for {numel} "
             f"elements; expected int32 and ({count},)"
         )
-    tail = numel % 32
-    if tail and not tail_is_zero and int(words[-1]) & 0xFFFFFFFF & (0xFFFFFFFF << tail):
+    if numel % 32 and not tail_is_zero:
+        _check_tail(label, int(words[-1]), numel)
+
+
+def check_tails(words: Mapping[str, Tensor], numels: Mapping[str, int]) -> None:
+    """Refuse mask words (of the right number) with bits past the end; each device is read once.
+
+    Raises:
+        ValueError: names the first label whose words have bits past its ``numels`` elements.
+    """
+    by_device: dict[torch.device, list[str]] = {}
+    for label, each in words.items():
+        if numels[label] % 32:
+            by_device.setdefault(each.device, []).append(label)
+    for labels in by_device.values():
+        last = torch.stack([words[label][-1] for label in labels]).tolist()
+        for label, word in zip(labels, last, strict=True):
+            _check_tail(label, word, numels[label])
+
+
+def _check_tail(label: str, word: int, numel: int) -> None:
+    if word & 0xFFFFFFFF & (0xFFFFFFFF << numel % 32):
         raise ValueError(f"mask of {label}: bits are set past its {numel} elements")

@@ -58,7 +58,7 @@ def _digit_histogram_kernel(
     tensor, _, _, scores, left, full = load_stretch(chunks, rows, STRETCH)
     above = tl.load(prefix).to(tl.int32)
     bin_counts = tl.zeros([BINS], tl.int32)
-    bad = 0
+    bad = tl.zeros([], tl.int32)
     for at in range(0, left, TILE):
         lane = at + tl.arange(0, TILE)
         inside = lane < left
@@ -71,13 +71,14 @@ def _digit_histogram_kernel(
             bad += tl.sum(refused_bits(bits).to(tl.int32), 0)
             bin_counts += tl.histogram(digit, BINS, inside)
         else:
-            bin_counts += tl.histogram(digit, BINS, inside & ((bits & _KEY) >> (SHIFT + BITS) == above))
+            bin_counts += tl.histogram(
+                digit, BINS, inside & ((bits & _KEY) >> (SHIFT + BITS) == above)
+            )
     tl.atomic_add(
         counts + tl.arange(0, BINS), bin_counts.to(tl.int64), bin_counts > 0, sem="relaxed"
     )
-    if FIRST:
-        if bad > 0:
-            tl.atomic_add(refused + tensor, bad.to(tl.int64), sem="relaxed")
+    if bad > 0:
+        tl.atomic_add(refused + tensor, bad.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -96,7 +97,9 @@ def _bracket_histogram_kernel(
         beyond += ((key > high) & (lane < left)).to(tl.int32)
         bad += refused_bits(bits).to(tl.int32)
         inside = (key >= low) & (key <= high) & (lane < left)
-        tl.atomic_add(counts + ((key - low) >> shift), tl.full([TILE], 1, tl.int64), inside, "relaxed")
+        tl.atomic_add(
+            counts + ((key - low) >> shift), tl.full([TILE], 1, tl.int64), inside, "relaxed"
+        )
     tl.atomic_add(above, tl.sum(beyond, 0).to(tl.int64), sem="relaxed")
     tl.atomic_add(refused + tensor, tl.sum(bad, 0).to(tl.int64), sem="relaxed")
 
@@ -127,9 +130,7 @@ def _select_words_kernel(
 
 
 @triton.jit
-def _take_ties_kernel(
-    chunks, rows, threshold, quotas, TILE: tl.constexpr, UNIT: tl.constexpr
-):
+def _take_ties_kernel(chunks, rows, threshold, quotas, TILE: tl.constexpr, UNIT: tl.constexpr):
     WORDS: tl.constexpr = TILE // 32
     quota = tl.load(quotas + tl.program_id(0))
     if quota > 0:
@@ -164,9 +165,7 @@ def block_sums(values, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _run_scores_kernel(
-    chunks, rows, refused, numbers, RUNS: tl.constexpr
-):
+def _run_scores_kernel(chunks, rows, refused, numbers, RUNS: tl.constexpr):
     program = tl.program_id(0)
     tensor = tl.load(chunks + 2 * program)
     row = rows + tensor.to(tl.int64) * _WIDTH
@@ -327,9 +326,7 @@ def _launch(
     kernel: Any, arguments: tuple[Tensor, ...], constants: dict[str, Any], config: launch.Config
 ) -> None:
     chunks = arguments[0]
-    launch.launch(
-        kernel, chunks.shape[0], chunks.device, arguments, constants, config.num_warps
-    )
+    launch.launch(kernel, chunks.shape[0], chunks.device, arguments, constants, config.num_warps)
 
 
 def variants(generation: str) -> Iterator[launch.Variant]:
@@ -338,7 +335,7 @@ def variants(generation: str) -> Iterator[launch.Variant]:
     tile = config.tile
 
     def variant(name: str, kernel: Any, constants: dict[str, Any]) -> launch.Variant:
-        types = {name: "*i64" for name in kernel.arg_names} | {"chunks": "*i32"}
+        types = dict.fromkeys(kernel.arg_names, "*i64") | {"chunks": "*i32"}
         return launch.Variant(
             f"topk_select {name}",
             kernel,
