@@ -19,6 +19,7 @@ from .labels import philox_key
 from .plan_row import contiguous_map
 from .progress import progress_of_amount
 from .radix_select import (
+    NOT_FOUND,
     find_place,
     first_key_from,
     place_of,
@@ -87,8 +88,14 @@ def select_child(
         words = _percentile_words(scores, reserve_p, backend)
     else:
         scopes = [scores] if scope == "global" else [{label: scores[label]} for label in scores]
-        selections = [_selected(each, size, granularity, largest, backend) for each in scopes]
-        _warn_of_zeros(selections, _settle(selections, largest))
+        asked = (size, granularity, largest, backend)
+        selections = [_selected(each, *asked) for each in scopes]
+        zeros = _settle(selections, largest)
+        for at, count in enumerate(zeros):
+            if count == NOT_FOUND:
+                selections[at] = _selected(scopes[at], *asked, by_sample=False)
+                zeros[at] = _settle([selections[at]], largest)[0]
+        _warn_of_zeros(selections, zeros)
         words = {label: each for found in selections for label, each in found.words.items()}
     return ChildMask(words, {label: value.shape for label, value in named.items()}, dense)
 
@@ -214,7 +221,13 @@ class _Selection(NamedTuple):
 
 
 def _selected(
-    scores: Mapping[str, Tensor], size: _Size, granularity: int, largest: bool, backend: str | None
+    scores: Mapping[str, Tensor],
+    size: _Size,
+    granularity: int,
+    largest: bool,
+    backend: str | None,
+    *,
+    by_sample: bool = True,
 ) -> _Selection:
     """The first scores of one scope in the order of eq. 15, by elements or by runs."""
     candidates = sum(-(-value.numel() // granularity) for value in scores.values())
@@ -227,7 +240,7 @@ def _selected(
     if granularity > 1:
         values, refused = ops.run_scores(values, granularity, backend)
         counts.append(refused)
-    place, refused = find_place(values, k, largest, backend)
+    place, refused = find_place(values, k, largest, backend, by_sample=by_sample)
     words = dict(zip(scores, words_up_to(place, values, largest, backend), strict=True))
     if granularity > 1:
         for label, chosen in words.items():
@@ -238,6 +251,8 @@ def _selected(
 
 def _settle(selections: Sequence[_Selection], largest: bool) -> list[int]:
     """Read the reports of all scopes at once: of each k how many have a score of zero, unless wanted.
+
+    ``NOT_FOUND`` for a scope that must be selected again, since a sample misled.
 
     Raises:
         ValueError: what ``select_child`` says of values.
@@ -255,7 +270,7 @@ def _settle(selections: Sequence[_Selection], largest: bool) -> list[int]:
         if found.granularity > 1:
             _refuse_overflow(found, report[len(found.scores) : -2])
         key, taken = report[-2:]
-        zeros.append(taken if largest and key == 0 else 0)
+        zeros.append(taken if taken == NOT_FOUND or (largest and key == 0) else 0)
     return zeros
 
 

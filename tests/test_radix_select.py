@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -181,9 +182,9 @@ def watch(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
         return call
 
-    def selected(*arguments: Any) -> Any:
+    def selected(*arguments: Any, **options: Any) -> Any:
         guard.on = True
-        return select(*arguments)
+        return select(*arguments, **options)
 
     def settle(*arguments: Any) -> Any:
         ran.append("report")
@@ -222,7 +223,13 @@ def watch(backend: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
 
 
 _KERNELS = {
-    "topk_select": ("digit_histogram", "select_words", "take_ties_", "run_scores"),
+    "topk_select": (
+        "digit_histogram",
+        "bracket_histogram",
+        "select_words",
+        "take_ties_",
+        "run_scores",
+    ),
     "bitmask": ("unpack_mask",),
 }
 
@@ -233,24 +240,55 @@ def _op_of(kernel: Any) -> str:
 
 
 PASSES = ["digit_histogram"] * 3 + ["select_words", "take_ties_"]
+PASSES_BY_SAMPLE = ["bracket_histogram"] * 2 + ["select_words", "take_ties_"]
 
 
+@pytest.mark.parametrize("by_sample", [False, True], ids=["digits", "sample"])
 @pytest.mark.parametrize("scores", SCORES)
 @pytest.mark.parametrize("largest", [True, False])
 def test_a_device_is_not_asked_before_the_report(
-    scores: str, largest: bool, backend: str, watch: list[str]
+    scores: str,
+    largest: bool,
+    by_sample: bool,
+    backend: str,
+    watch: list[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """By either way, the k-th in the middle and at the ends, in one bin of many keys and of one."""
     fisher = _parts(SCORES[scores])
     ordered = torch.cat([part.view(-1) for part in fisher.values()])
-    for k in (1, NUMEL // 3, NUMEL):
+    if by_sample:
+        monkeypatch.setattr(radix_select, "_WORTH_A_SAMPLE", 1)
+        monkeypatch.setattr(radix_select, "_SAMPLE", 256)
+    passes = PASSES_BY_SAMPLE if by_sample else PASSES
+    for k, bits in itertools.product((1, NUMEL // 3, NUMEL), (20, 8) if by_sample else (20,)):
+        monkeypatch.setattr(radix_select, "_BITS_OF_BINS", bits)
         watch.clear()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)
             mask = select_child(fisher, k=k, largest=largest, backend=backend)
-        assert watch[:6] == [*PASSES, "report"]
+        assert watch[: len(passes) + 1] == [*passes, "report"]
         first = ordered.argsort(descending=largest, stable=True)[:k]
         expected = torch.zeros(NUMEL, dtype=torch.bool).index_fill(0, first, True)
         assert torch.equal(torch.cat([mask.dense(name).view(-1) for name in fisher]), expected)
+
+
+@pytest.mark.parametrize("largest", [True, False])
+def test_a_device_selects_again_where_a_sample_misled(
+    largest: bool, backend: str, watch: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = _spread(NUMEL)
+    scores[:: NUMEL // 1024 | 1] += 1000  # the sample sees nothing else
+    monkeypatch.setattr(radix_select, "_WORTH_A_SAMPLE", 1)
+    monkeypatch.setattr(radix_select, "_SAMPLE", 256)
+    k = NUMEL // 3
+    mask = select_child({"w": scores}, k=k, largest=largest, backend=backend)
+    assert watch[:11] == [*PASSES_BY_SAMPLE, "report", *PASSES, "report"]
+    ordered = scores.argsort(descending=largest, stable=True)
+    expected = torch.zeros(NUMEL, dtype=torch.bool).index_fill(0, ordered[:k], True)
+    assert torch.equal(mask.dense("w"), expected)
+    place = place_of({"w": scores}, k, largest, backend)
+    assert radix_select.value_of(int(place.key)) == float(scores[ordered[k - 1]])
 
 
 _THREE_PARTS = {name: part for name, part in _parts(SCORES["spread"]).items() if part.numel()}

@@ -202,15 +202,17 @@ def digit_histogram(
 
 
 def bracket_histogram(
-    scores: Sequence[Tensor], low: int, high: int, shift: int
+    scores: Sequence[Tensor], low: int | Tensor, high: int | Tensor, shift: int | Tensor, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Counts of the keys in a bracket, above it, and refused (contract: ops.bracket_histogram)."""
-    counts = torch.zeros(((high - low) >> shift) + 1, dtype=torch.int64, device="cpu")
+    counts = torch.zeros(bins, dtype=torch.int64, device="cpu")
     above = torch.zeros((), dtype=torch.int64, device="cpu")
     refused = torch.zeros(len(scores), dtype=torch.int64, device="cpu")
-    torch.ops.childtune_kernels.bracket_histogram_(
-        scores, low, high, shift, counts, above, refused, capability()
-    )
+    low, high = int(low), int(high)
+    if low <= high:
+        torch.ops.childtune_kernels.bracket_histogram_(
+            scores, low, high, int(shift), counts, above, refused, capability()
+        )
     return counts, above, refused
 
 

@@ -57,31 +57,51 @@ def digit_histogram(
 
 
 def bracket_histogram(
-    scores: Sequence[Tensor], low: int, high: int, shift: int, backend: str | None = None
+    scores: Sequence[Tensor],
+    low: Number,
+    high: Number,
+    shift: Number,
+    backend: str | None = None,
+    *,
+    bins: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over all tensors that looks closely at the keys of a bracket alone (SPEC.md, eq. 15).
 
-    Made for brackets that hold few of the scores, or a single key.
+    Made for brackets with few of the scores between their ends. One whose first key is greater than its
+    last is no pass at all: nothing is read or counted.
 
     Args:
         scores: contiguous fp32 tensors on one device; not changed.
         low, high: the bracket's first and last key.
         shift: a bin holds ``2**shift`` keys.
+        bins: how many there are at least; must be said where the others are tensors.
 
     Returns:
-        int64 ``[((high - low) >> shift) + 1]``: how many scores have each value of ``(key - low) >> shift``;
-        int64 ``[]``: how many keys lie above the bracket; and int64 ``[len(scores)]``: how many scores
-        of each tensor are NaN, infinite or negative. The others have a meaning only where there are none of
-        those.
+        int64 ``[bins]`` (else ``[((high - low) >> shift) + 1]``): how many scores have each value of
+        ``(key - low) >> shift``; int64 ``[]``: how many keys lie above the bracket; and int64
+        ``[len(scores)]``: how many scores of each tensor are NaN, infinite or negative. The others have
+        a meaning only where there are none of those.
 
     Raises:
-        ValueError: scores that are no contiguous fp32 tensors of one device, or a bracket outside the keys.
+        ValueError: scores that are no contiguous fp32 tensors of one device, a bracket outside the keys,
+            or fewer bins than it has.
     """
     device = _check_scores(scores)
-    if not (0 <= low <= high < 1 << 31 and 0 <= shift < 31):
-        raise ValueError(f"bracket (low={low}, high={high}, shift={shift}) leaves a key's 31 bits")
+    for what, number in (("low", low), ("high", high), ("shift", shift)):
+        _number(what, number, device)
+    if isinstance(low, int) and isinstance(high, int) and isinstance(shift, int):
+        if not (0 <= low <= high < 1 << 31 and 0 <= shift < 31):
+            raise ValueError(
+                f"bracket (low={low}, high={high}, shift={shift}) leaves a key's 31 bits"
+            )
+        needed = ((high - low) >> shift) + 1
+        bins = needed if bins is None else bins
+        if bins < needed:
+            raise ValueError(f"bins={bins} for a bracket of {needed}")
+    if bins is None or bins < 1:
+        raise ValueError(f"bins={bins} must be said, and positive, where the bracket is unread")
     module = registry.choose("topk_select", device, backend).module
-    counts, above, refused = module.bracket_histogram(scores, low, high, shift)
+    counts, above, refused = module.bracket_histogram(scores, low, high, shift, bins)
     return counts, above, refused
 
 

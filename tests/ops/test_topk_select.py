@@ -254,6 +254,16 @@ def test_what_a_pass_found_goes_into_the_next_unread(backend: str) -> None:
         found = ops.digit_histogram(scores, shift, bits, prefix, backend=backend)
         expected = ops.digit_histogram(scores, shift, bits, int(prefix), backend="reference")
         assert [each.tolist() for each in found] == [each.tolist() for each in expected]
+    for low, high, shift in ((ONE - 7, ONE + 0x400, 3), (2, 1, 0), (0, ONE, 24)):
+        first, last, by = (torch.tensor(each) for each in (low, high, shift))
+        unread = ops.bracket_histogram(scores, first, last, by, backend, bins=300)
+        read = [torch.zeros(300, dtype=torch.int64), torch.tensor(0)]
+        if low <= high:  # else it is no pass at all
+            some, read[1], _ = ops.bracket_histogram(scores, low, high, shift, "reference")
+            read[0][: some.numel()] = some
+        assert torch.equal(unread[0], read[0])
+        assert torch.equal(unread[1], read[1])
+        assert not unread[2].any()
     for threshold in (torch.tensor(-1), key):
         words, ties = ops.select_words(scores, threshold, True, UNIT, backend=backend)
         expected_words, expected_ties = ops.select_words(
@@ -284,6 +294,11 @@ REFUSED: dict[str, tuple[Callable[[], object], str]] = {
     "bracket too high": (lambda: ops.bracket_histogram(FLAT, 0, SIGN, 0), "high=2147483648"),
     "bracket too low": (lambda: ops.bracket_histogram(FLAT, -1, 1, 0), "low=-1"),
     "bracket's shift": (lambda: ops.bracket_histogram(FLAT, 0, 1, 31), "shift=31"),
+    "too few bins": (lambda: ops.bracket_histogram(FLAT, 0, 9, 0, bins=9), "bins=9 .* of 10"),
+    "unread without bins": (
+        lambda: ops.bracket_histogram(FLAT, torch.tensor(0), 9, 0),
+        "bins=None must be said",
+    ),
     "threshold too low": (lambda: ops.select_words(FLAT, -2, True), "threshold=-2"),
     "threshold too high": (lambda: ops.select_words(FLAT, SIGN, True), "threshold=2147483648"),
     "a tensor of another type": (

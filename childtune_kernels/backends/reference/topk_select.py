@@ -50,15 +50,14 @@ def digit_histogram(
 
 
 def bracket_histogram(
-    scores: Sequence[Tensor], low: int, high: int, shift: int
+    scores: Sequence[Tensor], low: int | Tensor, high: int | Tensor, shift: int | Tensor, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Counts of the keys in a bracket, above it, and refused (contract: ops.bracket_histogram)."""
     device = scores[0].device
-    bins = ((high - low) >> shift) + 1
     counts = torch.zeros(bins, dtype=torch.int64, device=device)
     above = torch.zeros((), dtype=torch.int64, device=device)
     refused = torch.zeros(len(scores), dtype=torch.int64, device=device)
-    for at, score in enumerate(scores):
+    for at, score in enumerate(scores if low <= high else []):
         for chunk in _chunks(score):
             keys = _keys(chunk)
             inside = keys[(keys >= low) & (keys <= high)]

@@ -26,6 +26,7 @@ _WIDTH = tl.constexpr(4)
 
 _STRETCH = 8  # tiles of scores that a program counts
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # the usual (shift, bits), which are compiled ahead of time
+_COPIES = 2  # of the bins of a bracket, so that half of all programs meet in one
 _UNIT = 1 << 16  # the usual unit of ties
 
 
@@ -83,25 +84,40 @@ def _digit_histogram_kernel(
 
 @triton.jit
 def _bracket_histogram_kernel(
-    chunks, rows, numbers, counts, above, refused, TILE: tl.constexpr, STRETCH: tl.constexpr
-):
-    tensor, _, _, scores, left, _ = load_stretch(chunks, rows, STRETCH)
-    low, high = tl.load(numbers).to(tl.int32), tl.load(numbers + 1).to(tl.int32)
-    shift = tl.load(numbers + 2).to(tl.int32)
-    beyond = tl.zeros([TILE], tl.int32)
-    bad = tl.zeros([TILE], tl.int32)
-    for at in range(0, left, TILE):
-        lane = at + tl.arange(0, TILE)
-        bits = tl.load(scores + lane, lane < left, 0)
-        key = bits & _KEY
-        beyond += ((key > high) & (lane < left)).to(tl.int32)
-        bad += refused_bits(bits).to(tl.int32)
-        inside = (key >= low) & (key <= high) & (lane < left)
-        tl.atomic_add(
-            counts + ((key - low) >> shift), tl.full([TILE], 1, tl.int64), inside, "relaxed"
-        )
-    tl.atomic_add(above, tl.sum(beyond, 0).to(tl.int64), sem="relaxed")
-    tl.atomic_add(refused + tensor, tl.sum(bad, 0).to(tl.int64), sem="relaxed")
+    chunks, rows, lowest, highest, shifts, counts, bins, above, refused,
+    COPIES: tl.constexpr, TILE: tl.constexpr, STRETCH: tl.constexpr,
+):  # fmt: skip
+    low, high = tl.load(lowest).to(tl.int32), tl.load(highest).to(tl.int32)
+    if low <= high:
+        tensor, _, _, scores, left, _ = load_stretch(chunks, rows, STRETCH)
+        shift = tl.load(shifts).to(tl.int32)
+        counts += tl.program_id(0) % COPIES * tl.load(bins)
+        beyond = tl.zeros([TILE], tl.int32)
+        at_low = tl.zeros([TILE], tl.int32)
+        at_high = tl.zeros([TILE], tl.int32)
+        bad = tl.zeros([TILE], tl.int32)
+        for at in range(0, left, TILE):
+            lane = at + tl.arange(0, TILE)
+            own = lane < left
+            # No wider access: scores would change hands on their way to the atomics.
+            bits = tl.load(scores + lane, own, 0)
+            key = bits & _KEY
+            bad += refused_bits(bits).to(tl.int32)
+            beyond += ((key > high) & own).to(tl.int32)
+            at_low += ((key == low) & own).to(tl.int32)
+            at_high += ((key == high) & own).to(tl.int32)
+            inside = (key > low) & (key < high) & own
+            place = counts + ((key - low) >> shift)
+            tl.atomic_add(place, tl.full([TILE], 1, tl.int64), inside, sem="relaxed")
+        # Crowds of equal scores stand at an end of the bracket; between its ends a sample had few.
+        tl.atomic_add(counts, tl.sum(at_low, 0).to(tl.int64), sem="relaxed")
+        if high > low:
+            last = counts + ((high - low) >> shift)
+            tl.atomic_add(last, tl.sum(at_high, 0).to(tl.int64), sem="relaxed")
+        tl.atomic_add(above, tl.sum(beyond, 0).to(tl.int64), sem="relaxed")
+        count = tl.sum(bad, 0)
+        if count > 0:
+            tl.atomic_add(refused + tensor, count.to(tl.int64), sem="relaxed")
 
 
 @triton.jit
@@ -210,21 +226,20 @@ def digit_histogram(
 
 
 def bracket_histogram(
-    scores: Sequence[Tensor], low: int, high: int, shift: int
+    scores: Sequence[Tensor], low: int | Tensor, high: int | Tensor, shift: int | Tensor, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Counts of the keys in a bracket, above it, and refused (contract: ops.bracket_histogram)."""
     device = scores[0].device
-    counts = torch.zeros(((high - low) >> shift) + 1, dtype=torch.int64, device=device)
+    counts = torch.zeros((_COPIES, bins), dtype=torch.int64, device=device)
     above = torch.zeros((), dtype=torch.int64, device=device)
     refused = torch.zeros(len(scores), dtype=torch.int64, device=device)
     config = _config(device)
-    constants = _bracket_stretches(config)
+    constants = _bracket_constants(config)
+    numbers = [_number(each, device) for each in (low, high, shift)]
     tables = _tables(scores, scores, constants["STRETCH"])
-    numbers = launch.table((low, high, shift), device)
-    _launch(
-        _bracket_histogram_kernel, (*tables, numbers, counts, above, refused), constants, config
-    )
-    return counts, above, refused
+    arguments = (*tables, *numbers, counts, _number(bins, device), above, refused)
+    _launch(_bracket_histogram_kernel, arguments, constants, config)
+    return counts.sum(0), above, refused
 
 
 def select_words(
@@ -281,8 +296,8 @@ def _stretches(config: launch.Config) -> dict[str, int]:
 
 
 # Words and brackets want more registers an element than digits do.
-def _bracket_stretches(config: launch.Config) -> dict[str, int]:
-    return _stretches(config._replace(tile=config.tile // 2))
+def _bracket_constants(config: launch.Config) -> dict[str, int]:
+    return {"COPIES": _COPIES, **_stretches(config._replace(tile=config.tile // 2))}
 
 
 def _words_and_unit(config: launch.Config, unit: int) -> dict[str, int]:
@@ -349,7 +364,7 @@ def variants(generation: str) -> Iterator[launch.Variant]:
     for shift, bits in _DIGITS:
         constants = {"SHIFT": shift, "BITS": bits, **_stretches(config)}
         yield variant(f"digit_histogram {shift}", _digit_histogram_kernel, constants)
-    yield variant("bracket_histogram", _bracket_histogram_kernel, _bracket_stretches(config))
+    yield variant("bracket_histogram", _bracket_histogram_kernel, _bracket_constants(config))
     for largest in (True, False):
         name = f"select_words {'largest' if largest else 'smallest'}"
         constants = {"LARGEST": largest, **_words_and_unit(config, _UNIT)}
