@@ -267,20 +267,15 @@ def _settle(selections: Sequence[_Selection], largest: bool) -> list[int]:
             zeros.append(0)
             continue
         refuse_unordered(found.scores, report[: len(found.scores)])
-        if found.granularity > 1:
-            _refuse_overflow(found, report[len(found.scores) : -2])
+        for label, count in zip(found.scores, report[len(found.scores) : -2], strict=False):
+            if count:
+                raise ValueError(
+                    f"Fisher information of {label}: the sum over a run of {found.granularity} elements "
+                    "overflows float32; divide all Fisher information by a power of two"
+                )
         key, taken = report[-2:]
         zeros.append(taken if taken == NOT_FOUND or (largest and key == 0) else 0)
     return zeros
-
-
-def _refuse_overflow(found: _Selection, refused: Sequence[int]) -> None:
-    for label, count in zip(found.scores, refused, strict=True):
-        if count:
-            raise ValueError(
-                f"Fisher information of {label}: the sum over a run of {found.granularity} elements "
-                "overflows float32; divide all Fisher information by a power of two"
-            )
 
 
 def _warn_of_zeros(selections: Sequence[_Selection], zeros: Sequence[int]) -> None:
