@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -16,8 +15,6 @@ from torch import Tensor
 from . import ops
 from .child_mask import ChildMask, by_label
 from .labels import philox_key
-from .plan_row import contiguous_map
-from .progress import progress_of_amount
 from .radix_select import (
     NOT_FOUND,
     find_place,
@@ -27,12 +24,10 @@ from .radix_select import (
     value_of,
     words_up_to,
 )
+from .smallest_words import Draw, smallest_words
 
 SCOPES = ("global", "tensor")
 RULES = ("exact", "percentile")
-
-_RANDOM_CHILD = 4  # purpose, SPEC.md eq. 2
-_INTERPOLATIONS = 8  # then halving, which ends whatever the words are
 
 
 def select_child(
@@ -88,14 +83,7 @@ def select_child(
         words = _percentile_words(scores, reserve_p, backend)
     else:
         scopes = [scores] if scope == "global" else [{label: scores[label]} for label in scores]
-        asked = (size, granularity, largest, backend)
-        selections = [_selected(each, *asked) for each in scopes]
-        zeros = _settle(selections, largest)
-        for at, count in enumerate(zeros):
-            if count == NOT_FOUND:
-                selections[at] = _selected(scopes[at], *asked, by_sample=False)
-                zeros[at] = _settle([selections[at]], largest)[0]
-        _warn_of_zeros(selections, zeros)
+        selections = _select_scopes(scopes, size, granularity, largest, backend)
         words = {label: each for found in selections for label, each in found.words.items()}
     return ChildMask(words, {label: value.shape for label, value in named.items()}, dense)
 
@@ -131,8 +119,8 @@ def random_child(
         label: torch.Size(shape.shape if isinstance(shape, Tensor) else shape)
         for label, shape in by_label(shapes).items()
     }
-    draws = [_Draw(philox_key(seed, label), size.numel()) for label, size in sizes.items()]
-    words = _smallest_words(draws, child_size(reserve_p, sum(draw.numel for draw in draws)))
+    draws = [Draw(philox_key(seed, label), size.numel()) for label, size in sizes.items()]
+    words = smallest_words(draws, child_size(reserve_p, sum(draw.numel for draw in draws)))
     return ChildMask(dict(zip(sizes, words, strict=True)), sizes, dense)
 
 
@@ -226,7 +214,6 @@ def _selected(
     granularity: int,
     largest: bool,
     backend: str | None,
-    *,
     by_sample: bool = True,
 ) -> _Selection:
     """The first scores of one scope in the order of eq. 15, by elements or by runs."""
@@ -247,6 +234,25 @@ def _selected(
             words[label] = _words_of_runs(chosen, scores[label].numel(), granularity, backend)
     report = torch.cat([*counts, refused, place.on(refused.device)[:2]])
     return _Selection(scores, words, k, granularity, report)
+
+
+def _select_scopes(
+    scopes: Sequence[Mapping[str, Tensor]],
+    size: _Size,
+    granularity: int,
+    largest: bool,
+    backend: str | None,
+) -> list[_Selection]:
+    """Select in every scope, reading all reports together; warns of zeros."""
+    asked = (size, granularity, largest, backend)
+    selections = [_selected(scores, *asked) for scores in scopes]
+    zeros = _settle(selections, largest)
+    for at, count in enumerate(zeros):
+        if count == NOT_FOUND:
+            selections[at] = _selected(scopes[at], *asked, by_sample=False)
+            zeros[at] = _settle([selections[at]], largest)[0]
+    _warn_of_zeros(selections, zeros)
+    return selections
 
 
 def _settle(selections: Sequence[_Selection], largest: bool) -> list[int]:
@@ -291,7 +297,7 @@ def _warn_of_zeros(selections: Sequence[_Selection], zeros: Sequence[int]) -> No
         f"information{where}; the rest of the child are zeros, the first by position. Use a smaller "
         "reserve_p, or more examples",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -331,67 +337,3 @@ def _percentile_words(
         list(scores.values()), first_key_from(percentile) - 1, True, backend=backend
     )
     return dict(zip(scores, words, strict=True))
-
-
-class _Draw(NamedTuple):
-    """The words of one parameter for the random child."""
-
-    key: int
-    numel: int
-
-    def below(self, threshold: int) -> Tensor:
-        """Mask words of the elements whose word lies below a threshold of 0 .. 2**32."""
-        if threshold == 0:
-            return torch.zeros(-(-self.numel // 32), dtype=torch.int32, device="cpu")
-        index_map = contiguous_map(self.numel)
-        return ops.keep_words(self.numel, index_map, self.key, 0, threshold, _RANDOM_CHILD)
-
-
-def _smallest_words(draws: Sequence[_Draw], k: int) -> list[Tensor]:
-    """The mask words of the k elements of smallest word, equal words by position."""
-    with progress_of_amount("random child", None, " words") as advance:
-
-        def count(threshold: int) -> int:
-            found = 0
-            for draw in draws:
-                found += ops.count_mask(draw.below(threshold))
-                advance(draw.numel)
-            return found
-
-        threshold, found = _search(count, k, sum(draw.numel for draw in draws))
-        words = []
-        missing = k - (count(threshold - 1) if found > k else k)
-        for draw in draws:
-            at_most = draw.below(threshold)
-            if found > k:
-                below = draw.below(threshold - 1)
-                ties = ops.unpack_mask(at_most ^ below, (draw.numel,))
-                ties[ties.nonzero()[missing:]] = False
-                missing -= int(ties.sum())
-                at_most = below | ops.pack_mask(ties)
-            words.append(at_most)
-    return words
-
-
-def _search(count: Callable[[int], int], k: int, numel: int) -> tuple[int, int]:
-    """A threshold below which k words lie, else the smallest with more, and its count.
-
-    ``count`` grows by about one every 2**32 / numel thresholds, so that a few interpolations usually meet k.
-    """
-    low, low_count, high, high_count = 0, 0, ops.KEEP_ALL, numel
-    for attempt in itertools.count():
-        if high_count == k or high - low == 1:
-            break
-        guess = (low + high) // 2
-        if attempt < _INTERPOLATIONS:
-            if k - low_count < high_count - k:
-                guess = low + (k - low_count) * ops.KEEP_ALL // numel
-            else:
-                guess = high - (high_count - k) * ops.KEEP_ALL // numel
-        guess = min(max(guess, low + 1), high - 1)
-        found = count(guess)
-        if found < k:
-            low, low_count = guess, found
-        else:
-            high, high_count = guess, found
-    return high, high_count
