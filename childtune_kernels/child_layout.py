@@ -49,19 +49,18 @@ def child_layout(words: Tensor, numel: int, layout: str | None = None) -> dict[s
         layout: ``"words"``, ``"indices"`` or ``"runs"``; None takes what suits the child's density and
             clustering.
     """
-    child = ops.unpack_mask(words, (numel,))
-    starts = child & ~torch.nn.functional.pad(child[:-1], (1, 0))
+    ops.check_words("child", words, numel)
+    starts = _starts(words)
     if layout is None:
-        layout = _suitable(ops.count_mask(words), ops.count_mask(ops.pack_mask(starts)), numel)
+        layout = _suitable(ops.count_mask(words), ops.count_mask(starts), numel)
     if layout == "runs":
-        return {"child_runs": _runs(child, starts.nonzero().view(-1))}
+        return {"child_runs": _runs(words, starts, numel)}
     if layout == "words":
-        return {"mask_words": words, "child_ranks": _ranks(words, WORDS_UNIT)}
-    within = child.nonzero().view(-1) % INDICES_UNIT
+        return {"mask_words": words, "child_ranks": ops.mask_ranks(words, WORDS_UNIT)}
     # 16 unsigned bits in a signed type, since torch cannot pickle uint16.
     return {
-        "child_indices": (within - (within >= 1 << 15) * INDICES_UNIT).to(torch.int16),
-        "child_ranks": _ranks(words, INDICES_UNIT),
+        "child_indices": ops.mask_indices(words, torch.int16),
+        "child_ranks": ops.mask_ranks(words, INDICES_UNIT),
     }
 
 
@@ -71,21 +70,23 @@ def _suitable(count: int, runs: int, numel: int) -> str:
     return "indices" if count < _SPARSE * numel else "words"
 
 
-def _ranks(words: Tensor, unit: int) -> Tensor:
-    """Child elements before every ``unit``-th element, and in all."""
-    in_byte = torch.tensor(
-        [bin(byte).count("1") for byte in range(256)], dtype=torch.uint8, device=words.device
-    )
-    counts = in_byte[words.view(torch.uint8).to(torch.int32)]
-    whole = torch.nn.functional.pad(counts, (0, -counts.numel() % (unit // 8))).view(-1, unit // 8)
-    return torch.nn.functional.pad(whole.sum(1).cumsum(0), (1, 0))
+def _starts(words: Tensor) -> Tensor:
+    """The words of the first element of every run."""
+    before = torch.nn.functional.pad((words[:-1] >> 31) & 1, (1, 0))
+    return words & ~((words << 1) | before)
 
 
-def _runs(child: Tensor, starts: Tensor) -> Tensor:
-    after = torch.nn.functional.pad(child[1:], (0, 1))
-    ends = (child & ~after).nonzero().view(-1) + 1
+def _ends(words: Tensor) -> Tensor:
+    """The words of the last element of every run."""
+    after = torch.nn.functional.pad(words[1:] & 1, (0, 1))
+    return words & ~(((words >> 1) & 0x7FFFFFFF) | (after << 31))
+
+
+def _runs(words: Tensor, starts_of_runs: Tensor, numel: int) -> Tensor:
+    starts = ops.mask_indices(starts_of_runs)
+    ends = ops.mask_indices(_ends(words)) + 1
     ranks = torch.nn.functional.pad((ends - starts).cumsum(0), (1, 0))
-    return torch.stack([torch.cat([starts, starts.new_tensor([child.numel()])]), ranks], 1)
+    return torch.stack([torch.nn.functional.pad(starts, (0, 1), value=numel), ranks], 1)
 
 
 def mask_words(state: Mapping[str, Tensor], numel: int) -> Tensor | None:
@@ -117,12 +118,12 @@ def child_count(state: Mapping[str, Tensor]) -> int:
 
 def gather_child(values: Tensor, words: Tensor) -> Tensor:
     """The child's elements of a tensor, one after the other in row-major order."""
-    return values.reshape(-1)[ops.unpack_mask(words, (values.numel(),))]
+    return ops.gather_masked(values, words)
 
 
 def scatter_child_(values: Tensor, child: Tensor, words: Tensor) -> Tensor:
     """Put the child's elements in their places of a contiguous tensor; returns it."""
-    values.view(-1)[ops.unpack_mask(words, (values.numel(),))] = child
+    ops.scatter_masked_(values, child, words)
     return values
 
 

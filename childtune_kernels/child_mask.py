@@ -63,7 +63,8 @@ class ChildMask:
         if not labelled and not dense_names:
             raise ValueError("a child mask needs at least one parameter")
         for label, tensor in labelled.items():
-            ops.check_words(label, tensor, sizes[label].numel())
+            ops.check_words(label, tensor, sizes[label].numel(), tail_is_zero=True)
+        ops.check_tails(labelled, {label: sizes[label].numel() for label in labelled})
         self.words = MappingProxyType(labelled)
         self.shapes = MappingProxyType(sizes)
         self.dense_names = dense_names

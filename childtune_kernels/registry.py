@@ -25,13 +25,17 @@ TABLE: dict[str, dict[str, str | None]] = {
         "cpp": "cpp",
         "reference": "reference.keep_words",
     },
-    "bitmask": {"triton": None, "cpp": "cpp", "reference": "reference.bitmask"},
+    "bitmask": {"triton": "triton.bitmask", "cpp": "cpp", "reference": "reference.bitmask"},
     "fisher_accumulate": {
-        "triton": None,
+        "triton": "triton.fisher_accumulate",
         "cpp": "cpp",
         "reference": "reference.fisher_accumulate",
     },
-    "topk_select": {"triton": None, "cpp": "cpp", "reference": "reference.topk_select"},
+    "topk_select": {
+        "triton": "triton.topk_select",
+        "cpp": "cpp",
+        "reference": "reference.topk_select",
+    },
 }
 
 _warned: set[str] = set()

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import numbers
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fractions import Fraction
 from typing import NamedTuple
 
@@ -16,15 +15,19 @@ from torch import Tensor
 from . import ops
 from .child_mask import ChildMask, by_label
 from .labels import philox_key
-from .plan_row import contiguous_map
-from .progress import progress_of_amount
-from .radix_select import first_key_from, place_of, refuse_unordered, value_of, words_up_to
+from .radix_select import (
+    NOT_FOUND,
+    find_place,
+    first_key_from,
+    place_of,
+    refuse_unordered,
+    value_of,
+    words_up_to,
+)
+from .smallest_words import Draw, smallest_words
 
 SCOPES = ("global", "tensor")
 RULES = ("exact", "percentile")
-
-_RANDOM_CHILD = 4  # purpose, SPEC.md eq. 2
-_INTERPOLATIONS = 8  # then halving, which ends whatever the words are
 
 
 def select_child(
@@ -80,8 +83,7 @@ def select_child(
         words = _percentile_words(scores, reserve_p, backend)
     else:
         scopes = [scores] if scope == "global" else [{label: scores[label]} for label in scores]
-        selections = [_selected(each, size, granularity, largest, backend) for each in scopes]
-        _warn_of_zeros(selections)
+        selections = _select_scopes(scopes, size, granularity, largest, backend)
         words = {label: each for found in selections for label, each in found.words.items()}
     return ChildMask(words, {label: value.shape for label, value in named.items()}, dense)
 
@@ -117,8 +119,8 @@ def random_child(
         label: torch.Size(shape.shape if isinstance(shape, Tensor) else shape)
         for label, shape in by_label(shapes).items()
     }
-    draws = [_Draw(philox_key(seed, label), size.numel()) for label, size in sizes.items()]
-    words = _smallest_words(draws, child_size(reserve_p, sum(draw.numel for draw in draws)))
+    draws = [Draw(philox_key(seed, label), size.numel()) for label, size in sizes.items()]
+    words = smallest_words(draws, child_size(reserve_p, sum(draw.numel for draw in draws)))
     return ChildMask(dict(zip(sizes, words, strict=True)), sizes, dense)
 
 
@@ -193,49 +195,97 @@ def _contiguous_fp32(label: str, value: Tensor) -> Tensor:
 
 
 class _Selection(NamedTuple):
-    """The words of one scope, k, and how many of the k have a score of zero though others were wanted."""
+    """The words of one scope, and what says whether they hold: nothing of it has been read.
 
+    ``report``: of each tensor the refused elements, with runs of each tensor the refused scores, then
+    the k-th key and how many of it are taken; nothing where k is 0.
+    """
+
+    scores: Mapping[str, Tensor]
     words: dict[str, Tensor]
     k: int
-    zeros: int
-
-
-def _exact(scores: Mapping[str, Tensor], k: int, largest: bool, backend: str | None) -> _Selection:
-    """The first k scores in the order of eq. 15."""
-    place = place_of(scores, k, largest, backend)
-    words = words_up_to(place, list(scores.values()), largest, backend)
-    zeros = place.taken if largest and place.key == 0 else 0
-    return _Selection(dict(zip(scores, words, strict=True)), k, zeros)
+    granularity: int
+    report: Tensor
 
 
 def _selected(
-    scores: Mapping[str, Tensor], size: _Size, granularity: int, largest: bool, backend: str | None
+    scores: Mapping[str, Tensor],
+    size: _Size,
+    granularity: int,
+    largest: bool,
+    backend: str | None,
+    by_sample: bool = True,
 ) -> _Selection:
-    """The selection in one scope, by elements or by runs."""
+    """The first scores of one scope in the order of eq. 15, by elements or by runs."""
     candidates = sum(-(-value.numel() // granularity) for value in scores.values())
     k = size.of(candidates, granularity)
+    values = list(scores.values())
     if k == 0:
-        return _Selection({label: _no_words(value) for label, value in scores.items()}, 0, 0)
-    if granularity == 1:
-        return _exact(scores, k, largest, backend)
-    runs, refused = ops.run_scores(list(scores.values()), granularity, backend)
-    refuse_unordered(scores, refused)
-    for label, sums in zip(scores, runs, strict=True):
-        if bool(sums.isinf().any()):
-            raise ValueError(
-                f"Fisher information of {label}: the sum over a run of {granularity} elements overflows "
-                "float32; divide all Fisher information by a power of two"
-            )
-    by_run = _exact(dict(zip(scores, runs, strict=True)), k, largest, backend)
-    words = {
-        label: _words_of_runs(chosen, scores[label].numel(), granularity, backend)
-        for label, chosen in by_run.words.items()
-    }
-    return by_run._replace(words=words)
+        none = {label: _no_words(value) for label, value in scores.items()}
+        return _Selection(scores, none, 0, granularity, torch.zeros(0, device="cpu").long())
+    counts = []
+    if granularity > 1:
+        values, refused = ops.run_scores(values, granularity, backend)
+        counts.append(refused)
+    place, refused = find_place(values, k, largest, backend, by_sample=by_sample)
+    words = dict(zip(scores, words_up_to(place, values, largest, backend), strict=True))
+    if granularity > 1:
+        for label, chosen in words.items():
+            words[label] = _words_of_runs(chosen, scores[label].numel(), granularity, backend)
+    report = torch.cat([*counts, refused, place.on(refused.device)[:2]])
+    return _Selection(scores, words, k, granularity, report)
 
 
-def _warn_of_zeros(selections: Iterable[_Selection]) -> None:
-    short = [found for found in selections if found.zeros]
+def _select_scopes(
+    scopes: Sequence[Mapping[str, Tensor]],
+    size: _Size,
+    granularity: int,
+    largest: bool,
+    backend: str | None,
+) -> list[_Selection]:
+    """Select in every scope, reading all reports together; warns of zeros."""
+    asked = (size, granularity, largest, backend)
+    selections = [_selected(scores, *asked) for scores in scopes]
+    zeros = _settle(selections, largest)
+    for at, count in enumerate(zeros):
+        if count == NOT_FOUND:
+            selections[at] = _selected(scopes[at], *asked, by_sample=False)
+            zeros[at] = _settle([selections[at]], largest)[0]
+    _warn_of_zeros(selections, zeros)
+    return selections
+
+
+def _settle(selections: Sequence[_Selection], largest: bool) -> list[int]:
+    """Read the reports of all scopes at once: of each k how many have a score of zero, unless wanted.
+
+    ``NOT_FOUND`` for a scope that must be selected again, since a sample misled.
+
+    Raises:
+        ValueError: what ``select_child`` says of values.
+    """
+    reports = [found.report for found in selections if found.k]
+    numbers = torch.cat(reports).tolist() if reports else []
+    zeros, at = [], 0
+    for found in selections:
+        report = numbers[at : at + found.report.numel()]
+        at += found.report.numel()
+        if found.k == 0:
+            zeros.append(0)
+            continue
+        refuse_unordered(found.scores, report[: len(found.scores)])
+        for label, count in zip(found.scores, report[len(found.scores) : -2], strict=False):
+            if count:
+                raise ValueError(
+                    f"Fisher information of {label}: the sum over a run of {found.granularity} elements "
+                    "overflows float32; divide all Fisher information by a power of two"
+                )
+        key, taken = report[-2:]
+        zeros.append(taken if taken == NOT_FOUND or (largest and key == 0) else 0)
+    return zeros
+
+
+def _warn_of_zeros(selections: Sequence[_Selection], zeros: Sequence[int]) -> None:
+    short = [found for found, count in zip(selections, zeros, strict=True) if count]
     if not short:
         return
     k = sum(found.k for found in short)
@@ -243,11 +293,11 @@ def _warn_of_zeros(selections: Iterable[_Selection]) -> None:
         f" of {', '.join(next(iter(found.words)) for found in short[:8])}" if len(short) > 1 else ""
     )
     warnings.warn(
-        f"k={k} is more than the {k - sum(found.zeros for found in short)} non-zero values of Fisher "
+        f"k={k} is more than the {k - sum(zeros)} non-zero values of Fisher "
         f"information{where}; the rest of the child are zeros, the first by position. Use a smaller "
         "reserve_p, or more examples",
         UserWarning,
-        stacklevel=3,
+        stacklevel=4,
     )
 
 
@@ -258,7 +308,7 @@ def _no_words(value: Tensor) -> Tensor:
 def _words_of_runs(run_words: Tensor, numel: int, granularity: int, backend: str | None) -> Tensor:
     """The words of elements of which whole runs are chosen."""
     runs, count = -(-numel // granularity), -(-numel // 32)
-    chosen = ops.unpack_mask(run_words, (runs,), backend)
+    chosen = ops.unpack_mask(run_words, (runs,), backend, tail_is_zero=True)
     words = chosen.repeat_interleave(granularity // 32)[:count].to(torch.int32).neg_()
     if numel % 32:
         words[-1] &= (1 << numel % 32) - 1
@@ -268,83 +318,22 @@ def _words_of_runs(run_words: Tensor, numel: int, granularity: int, backend: str
 def _percentile_words(
     scores: Mapping[str, Tensor], reserve_p: float, backend: str | None
 ) -> dict[str, Tensor]:
-    """Every element at or above the percentile (SPEC.md, "Selection", in double precision throughout)."""
+    """Every element at or above the percentile (SPEC.md, "Selection", in double precision throughout).
+
+    The host reads the places between which the percentile lies: a control, not the way of training.
+    """
     numel = sum(value.numel() for value in scores.values())
     if numel == 0:
         return {label: _no_words(value) for label, value in scores.items()}
     position = (numel - 1) * (100 * (1 - float(reserve_p)) / 100)
     rank = math.floor(position)
     place = place_of(scores, rank + 1, False, backend)
-    lower = upper = value_of(place.key)
+    lower = upper = value_of(int(place.key))
     if place.taken == place.equal and rank + 1 < numel:
-        upper = value_of(place_of(scores, rank + 2, False, backend).key)
+        upper = value_of(int(place_of(scores, rank + 2, False, backend).key))
     part, step = position - rank, upper - lower
     percentile = lower + step * part if part < 0.5 else upper - step * (1 - part)
     words, _ = ops.select_words(
         list(scores.values()), first_key_from(percentile) - 1, True, backend=backend
     )
     return dict(zip(scores, words, strict=True))
-
-
-class _Draw(NamedTuple):
-    """The words of one parameter for the random child."""
-
-    key: int
-    numel: int
-
-    def below(self, threshold: int) -> Tensor:
-        """Mask words of the elements whose word lies below a threshold of 0 .. 2**32."""
-        if threshold == 0:
-            return torch.zeros(-(-self.numel // 32), dtype=torch.int32, device="cpu")
-        index_map = contiguous_map(self.numel)
-        return ops.keep_words(self.numel, index_map, self.key, 0, threshold, _RANDOM_CHILD)
-
-
-def _smallest_words(draws: Sequence[_Draw], k: int) -> list[Tensor]:
-    """The mask words of the k elements of smallest word, equal words by position."""
-    with progress_of_amount("random child", None, " words") as advance:
-
-        def count(threshold: int) -> int:
-            found = 0
-            for draw in draws:
-                found += ops.count_mask(draw.below(threshold))
-                advance(draw.numel)
-            return found
-
-        threshold, found = _search(count, k, sum(draw.numel for draw in draws))
-        words = []
-        missing = k - (count(threshold - 1) if found > k else k)
-        for draw in draws:
-            at_most = draw.below(threshold)
-            if found > k:
-                below = draw.below(threshold - 1)
-                ties = ops.unpack_mask(at_most ^ below, (draw.numel,))
-                ties[ties.nonzero()[missing:]] = False
-                missing -= int(ties.sum())
-                at_most = below | ops.pack_mask(ties)
-            words.append(at_most)
-    return words
-
-
-def _search(count: Callable[[int], int], k: int, numel: int) -> tuple[int, int]:
-    """A threshold below which k words lie, else the smallest with more, and its count.
-
-    ``count`` grows by about one every 2**32 / numel thresholds, so that a few interpolations usually meet k.
-    """
-    low, low_count, high, high_count = 0, 0, ops.KEEP_ALL, numel
-    for attempt in itertools.count():
-        if high_count == k or high - low == 1:
-            break
-        guess = (low + high) // 2
-        if attempt < _INTERPOLATIONS:
-            if k - low_count < high_count - k:
-                guess = low + (k - low_count) * ops.KEEP_ALL // numel
-            else:
-                guess = high - (high_count - k) * ops.KEEP_ALL // numel
-        guess = min(max(guess, low + 1), high - 1)
-        found = count(guess)
-        if found < k:
-            low, low_count = guess, found
-        else:
-            high, high_count = guess, found
-    return high, high_count

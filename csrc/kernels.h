@@ -31,6 +31,10 @@ struct Kernels {
   void (*pack_mask)(const uint8_t* mask, int64_t numel, uint32_t* words, int64_t first, int64_t last);
   void (*unpack_mask)(const uint32_t* words, int64_t numel, uint8_t* mask, int64_t first, int64_t last);
   int64_t (*count_mask)(const uint32_t* words, int64_t word_count, int64_t first, int64_t last);
+  // Of set bits in words first_word .. last_word - 1; `size`: bytes of an element.
+  void (*mask_indices)(const uint32_t* words, int64_t first_word, int64_t last_word, void* indices, int size);
+  void (*move_masked)(const uint32_t* words, int64_t first_word, int64_t last_word, void* values, void* child,
+                      int size, bool gather);
   void (*fisher_accumulate_row)(const FisherRow& row, float scale, int64_t first, int64_t last);
   // Op topk_select takes fp32 scores as their bits: a stretch of one tensor that starts at a multiple of
   // 64 (run_scores: of the granularity). Histograms and run_scores return how many scores are NaN,

@@ -25,6 +25,10 @@ void keep_words_(Tensor words, int64_t numel, Tensor element_map, bool contiguou
 void pack_mask_(Tensor mask, Tensor words, int64_t capability);
 void unpack_mask_(Tensor words, Tensor mask, int64_t capability);
 int64_t count_mask(Tensor words, int64_t capability);
+void mask_ranks_(Tensor words, int64_t unit, Tensor ranks, int64_t capability);
+void mask_indices_(Tensor words, Tensor ranks, int64_t unit, Tensor indices, int64_t size, int64_t capability);
+void move_masked_(Tensor words, Tensor ranks, int64_t unit, Tensor values, Tensor child, int64_t size, bool gather,
+                  int64_t capability);
 void fisher_accumulate_(std::vector<Tensor> sums, std::vector<Tensor> gradients, double scale, int64_t capability);
 void digit_histogram_(std::vector<Tensor> scores, int64_t shift, int64_t bits, int64_t prefix, Tensor counts,
                       Tensor refused, int64_t capability);

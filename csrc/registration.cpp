@@ -21,6 +21,12 @@ STABLE_TORCH_LIBRARY(childtune_kernels, m) {
   m.def("pack_mask_(Tensor mask, Tensor(a!) words, int capability) -> ()");
   m.def("unpack_mask_(Tensor words, Tensor(a!) mask, int capability) -> ()");
   m.def("count_mask(Tensor words, int capability) -> int");
+  m.def("mask_ranks_(Tensor words, int unit, Tensor(a!) ranks, int capability) -> ()");
+  m.def(
+      "mask_indices_(Tensor words, Tensor ranks, int unit, Tensor(a!) indices, int size, int capability) -> ()");
+  m.def(
+      "move_masked_(Tensor words, Tensor ranks, int unit, Tensor(a!) values, Tensor(b!) child, int size, bool gather, "
+      "int capability) -> ()");
   m.def("fisher_accumulate_(Tensor(a!)[] sums, Tensor[] gradients, float scale, int capability) -> ()");
   m.def(
       "digit_histogram_(Tensor[] scores, int shift, int bits, int prefix, Tensor(a!) counts, Tensor(b!) refused, "
@@ -47,6 +53,9 @@ STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
   m.impl("pack_mask_", TORCH_BOX(&childtune::pack_mask_));
   m.impl("unpack_mask_", TORCH_BOX(&childtune::unpack_mask_));
   m.impl("count_mask", TORCH_BOX(&childtune::count_mask));
+  m.impl("mask_ranks_", TORCH_BOX(&childtune::mask_ranks_));
+  m.impl("mask_indices_", TORCH_BOX(&childtune::mask_indices_));
+  m.impl("move_masked_", TORCH_BOX(&childtune::move_masked_));
   m.impl("fisher_accumulate_", TORCH_BOX(&childtune::fisher_accumulate_));
   m.impl("digit_histogram_", TORCH_BOX(&childtune::digit_histogram_));
   m.impl("bracket_histogram_", TORCH_BOX(&childtune::bracket_histogram_));

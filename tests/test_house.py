@@ -30,6 +30,7 @@ FLOORS: list[set[str]] = [
         "fisher_files",
         "fisher_scope",
         "radix_select",
+        "smallest_words",
         "weight_bits",
     },
     {"state_tensors", "summary"},  # the state of one parameter

@@ -177,55 +177,109 @@ def count_mask(words: Tensor) -> int:
     return count
 
 
+def mask_ranks(words: Tensor, unit: int) -> Tensor:
+    """Set bits before every unit, and in all (contract: ops.mask_ranks)."""
+    units = -(-32 * words.numel() // unit)
+    ranks = torch.empty(units + 1, dtype=torch.int64, device="cpu")
+    torch.ops.childtune_kernels.mask_ranks_(words.contiguous(), unit, ranks, capability())
+    return ranks
+
+
+_MOVED = 1 << 12  # elements whose ranks are counted before they are moved
+
+
+def mask_indices(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where bits are set (contract: ops.mask_indices)."""
+    words = words.contiguous()
+    ranks = mask_ranks(words, _MOVED)
+    indices = torch.empty(int(ranks[-1]), dtype=dtype, device="cpu")
+    torch.ops.childtune_kernels.mask_indices_(
+        words, ranks, _MOVED, indices, dtype.itemsize, capability()
+    )
+    return indices
+
+
+def gather_masked(values: Tensor, words: Tensor) -> Tensor:
+    """The values where bits are set (contract: ops.gather_masked)."""
+    ranks = mask_ranks(words, _MOVED)
+    child = torch.empty(int(ranks[-1]), dtype=values.dtype, device="cpu")
+    _move(values.contiguous(), child, words, ranks, True)
+    return child
+
+
+def scatter_masked_(values: Tensor, child: Tensor, words: Tensor) -> None:
+    """Put values where bits are set (contract: ops.scatter_masked_)."""
+    _move(values, child.contiguous(), words, mask_ranks(words, _MOVED), False)
+
+
+def _move(values: Tensor, child: Tensor, words: Tensor, ranks: Tensor, gather: bool) -> None:
+    torch.ops.childtune_kernels.move_masked_(
+        words.contiguous(),
+        ranks,
+        _MOVED,
+        values,
+        child,
+        values.element_size(),
+        gather,
+        capability(),
+    )
+
+
 def fisher_accumulate_(sums: Sequence[Tensor], gradients: Sequence[Tensor], scale: float) -> None:
     """Add every scaled squared gradient to its sums (contract: ops.fisher_accumulate_)."""
     torch.ops.childtune_kernels.fisher_accumulate_.default(sums, gradients, scale, capability())
 
 
 def digit_histogram(
-    scores: Sequence[Tensor], shift: int, bits: int, prefix: int
+    scores: Sequence[Tensor], shift: int, bits: int, prefix: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Counts of one digit, and of refused scores (contract: ops.digit_histogram)."""
     counts = torch.zeros(1 << bits, dtype=torch.int64, device="cpu")
     refused = torch.zeros(len(scores), dtype=torch.int64, device="cpu")
     torch.ops.childtune_kernels.digit_histogram_(
-        scores, shift, bits, prefix, counts, refused, capability()
+        scores, shift, bits, int(prefix), counts, refused, capability()
     )
     return counts, refused
 
 
 def bracket_histogram(
-    scores: Sequence[Tensor], low: int, high: int, shift: int
+    scores: Sequence[Tensor], low: int | Tensor, high: int | Tensor, shift: int | Tensor, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Counts of the keys in a bracket, above it, and refused (contract: ops.bracket_histogram)."""
-    counts = torch.zeros(((high - low) >> shift) + 1, dtype=torch.int64, device="cpu")
+    counts = torch.zeros(bins, dtype=torch.int64, device="cpu")
     above = torch.zeros((), dtype=torch.int64, device="cpu")
     refused = torch.zeros(len(scores), dtype=torch.int64, device="cpu")
-    torch.ops.childtune_kernels.bracket_histogram_(
-        scores, low, high, shift, counts, above, refused, capability()
-    )
+    low, high = int(low), int(high)
+    if low <= high:
+        torch.ops.childtune_kernels.bracket_histogram_(
+            scores, low, high, int(shift), counts, above, refused, capability()
+        )
     return counts, above, refused
 
 
 def select_words(
-    scores: Sequence[Tensor], threshold: int, largest: bool, unit: int
+    scores: Sequence[Tensor], threshold: int | Tensor, largest: bool, unit: int
 ) -> tuple[list[Tensor], Tensor]:
     """Words beyond a key and counts of equals (contract: ops.select_words)."""
     words = [_empty(score, 32, torch.int32) for score in scores]
     units = sum(-(-score.numel() // unit) for score in scores)
     ties = torch.empty(units, dtype=torch.int64, device="cpu")
     torch.ops.childtune_kernels.select_words_(
-        scores, threshold, largest, unit, words, ties, capability()
+        scores, int(threshold), largest, unit, words, ties, capability()
     )
     return words, ties
 
 
 def take_ties_(
-    scores: Sequence[Tensor], words: Sequence[Tensor], threshold: int, quotas: Tensor, unit: int
+    scores: Sequence[Tensor],
+    words: Sequence[Tensor],
+    threshold: int | Tensor,
+    quotas: Tensor,
+    unit: int,
 ) -> None:
     """Set the bits of the first equals of each unit (contract: ops.take_ties_)."""
     torch.ops.childtune_kernels.take_ties_(
-        scores, threshold, quotas.contiguous(), unit, words, capability()
+        scores, int(threshold), quotas.contiguous(), unit, words, capability()
     )
 
 

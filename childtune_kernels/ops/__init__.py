@@ -1,6 +1,16 @@
 """The contracts, a module an op: arguments are checked here, once, and the chosen kernel is called."""
 
-from .bitmask import check_words, count_mask, pack_mask, unpack_mask
+from .bitmask import (
+    check_tails,
+    check_words,
+    count_mask,
+    gather_masked,
+    mask_indices,
+    mask_ranks,
+    pack_mask,
+    scatter_masked_,
+    unpack_mask,
+)
 from .child_adamw import child_adamw_
 from .fisher_accumulate import check_squares, fisher_accumulate_
 from .keep_words import KEEP_ALL, keep_words
@@ -23,17 +33,22 @@ __all__ = [
     "check_gradient",
     "check_parameter",
     "check_squares",
+    "check_tails",
     "check_words",
     "child_adamw_",
     "compute_dtype",
     "count_mask",
     "digit_histogram",
     "fisher_accumulate_",
+    "gather_masked",
     "keep_words",
+    "mask_indices",
+    "mask_ranks",
     "observe",
     "observe_groups",
     "pack_mask",
     "run_scores",
+    "scatter_masked_",
     "select_words",
     "take_ties_",
     "unpack_mask",

@@ -1,8 +1,8 @@
-"""Op bitmask: bool tensors to mask words and back."""
+"""Op bitmask: bool tensors to mask words and back, and the values of a child by them."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -22,14 +22,19 @@ def pack_mask(mask: Tensor, backend: str | None = None) -> Tensor:
     return words
 
 
-def unpack_mask(words: Tensor, shape: Sequence[int], backend: str | None = None) -> Tensor:
+def unpack_mask(
+    words: Tensor, shape: Sequence[int], backend: str | None = None, *, tail_is_zero: bool = False
+) -> Tensor:
     """The bool tensor of ``shape`` that mask words stand for.
+
+    Args:
+        tail_is_zero: no bits are set past the end, and the host need not read the last word to know it.
 
     Raises:
         ValueError: words of another type or number, or with bits set past the end.
     """
     numel = torch.Size(shape).numel()
-    check_words("mask", words, numel)
+    check_words("mask", words, numel, tail_is_zero=tail_is_zero)
     module = registry.choose("bitmask", words.device, backend).module
     mask: Tensor = module.unpack_mask(words, numel)
     return mask.view(tuple(shape))
@@ -41,8 +46,106 @@ def count_mask(words: Tensor, backend: str | None = None) -> int:
     return count
 
 
-def check_words(label: str, words: Tensor, numel: int) -> None:
+def mask_ranks(words: Tensor, unit: int, backend: str | None = None) -> Tensor:
+    """Bits set before every ``unit``-th element, and in all (SPEC.md, "Child layouts").
+
+    Args:
+        words: int32 mask words of one dimension.
+        unit: a power of two from 32 on.
+
+    Returns:
+        int64 ``[ceil(32 * words / unit) + 1]``.
+
+    Raises:
+        ValueError: words of another kind, or another unit.
+    """
+    _check_kind(words)
+    if unit < 32 or unit & (unit - 1):
+        raise ValueError(f"unit={unit} must be a power of two from 32 on")
+    ranks: Tensor = registry.choose("bitmask", words.device, backend).module.mask_ranks(words, unit)
+    return ranks
+
+
+def mask_indices(
+    words: Tensor, dtype: torch.dtype = torch.int64, backend: str | None = None
+) -> Tensor:
+    """The index of every bit that is set, ascending, one dimension.
+
+    Args:
+        words: int32 mask words of one dimension.
+        dtype: int64, or int16 for the lowest 16 bits of each index, unsigned.
+
+    Raises:
+        ValueError: words of another kind, or another dtype.
+    """
+    _check_kind(words)
+    if dtype not in (torch.int64, torch.int16):
+        raise ValueError(f"dtype={dtype} must be torch.int64 or torch.int16")
+    module = registry.choose("bitmask", words.device, backend).module
+    indices: Tensor = module.mask_indices(words, dtype)
+    return indices
+
+
+def gather_masked(values: Tensor, words: Tensor, backend: str | None = None) -> Tensor:
+    """The elements of a tensor whose bit is set, row-major, one dimension; every bit of them is kept.
+
+    Args:
+        values: any shape and strides, elements of up to 8 bytes; strides that are not row-major are copied.
+        words: mask words of as many elements, on the same device.
+
+    Raises:
+        ValueError: words that do not fit, or lie elsewhere.
+    """
+    _check_values(values, words)
+    module = registry.choose("bitmask", words.device, backend).module
+    child: Tensor = module.gather_masked(values, words)
+    return child
+
+
+def scatter_masked_(
+    values: Tensor, child: Tensor, words: Tensor, backend: str | None = None
+) -> None:
+    """Put ``child`` where bits are set: the inverse of ``gather_masked``.
+
+    Args:
+        values: contiguous; changed in place, where bits are set alone.
+        child: one dimension, of the type of ``values``, an element for each bit that is set.
+        words: mask words of the elements of ``values``; all three on one device.
+
+    Raises:
+        ValueError: words or values that do not fit or lie elsewhere; nothing was written.
+    """
+    _check_values(values, words)
+    if not values.is_contiguous():
+        raise ValueError(f"values with strides {values.stride()} must be contiguous")
+    count = count_mask(words, backend)
+    if child.dtype != values.dtype or child.shape != (count,) or child.device != values.device:
+        raise ValueError(
+            f"child of {child.dtype} {tuple(child.shape)} on {child.device} for {count} elements of "
+            f"{values.dtype} on {values.device}"
+        )
+    registry.choose("bitmask", words.device, backend).module.scatter_masked_(values, child, words)
+
+
+def _check_kind(words: Tensor) -> None:
+    if words.dtype != torch.int32 or words.dim() != 1:
+        raise ValueError(
+            f"words of {words.dtype} and shape {tuple(words.shape)}; expected int32 [n]"
+        )
+
+
+def _check_values(values: Tensor, words: Tensor) -> None:
+    check_words("values", words, values.numel())
+    if words.device != values.device:
+        raise ValueError(f"words on {words.device} for values on {values.device}; use one device")
+    if values.element_size() > 8:
+        raise ValueError(f"values of {values.dtype}: elements of more than 8 bytes are not served")
+
+
+def check_words(label: str, words: Tensor, numel: int, *, tail_is_zero: bool = False) -> None:
     """Refuse mask words that are not those of ``numel`` elements.
+
+    ``tail_is_zero``: no bits are set past the end, and the host need not read the last word to know it.
 
     Raises:
         ValueError: not int32, not one dimension of ``ceil(numel / 32)`` words, or bits past the end.
@@ -55,6 +158,26 @@ def check_words(label: str, words: Tensor, numel: int) -> None:
             f"mask of {label}: words of {words.dtype} and shape {tuple(words.shape)} for {numel} "
             f"elements; expected int32 and ({count},)"
         )
-    tail = numel % 32
-    if tail and int(words[-1]) & 0xFFFFFFFF & (0xFFFFFFFF << tail):
+    if numel % 32 and not tail_is_zero:
+        _check_tail(label, int(words[-1]), numel)
+
+
+def check_tails(words: Mapping[str, Tensor], numels: Mapping[str, int]) -> None:
+    """Refuse mask words (of the right number) with bits past the end; each device is read once.
+
+    Raises:
+        ValueError: names the first label whose words have bits past its ``numels`` elements.
+    """
+    by_device: dict[torch.device, list[str]] = {}
+    for label, each in words.items():
+        if numels[label] % 32:
+            by_device.setdefault(each.device, []).append(label)
+    for labels in by_device.values():
+        last = torch.stack([words[label][-1] for label in labels]).tolist()
+        for label, word in zip(labels, last, strict=True):
+            _check_tail(label, word, numels[label])
+
+
+def _check_tail(label: str, word: int, numel: int) -> None:
+    if word & 0xFFFFFFFF & (0xFFFFFFFF << numel % 32):
         raise ValueError(f"mask of {label}: bits are set past its {numel} elements")

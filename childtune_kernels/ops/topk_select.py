@@ -1,4 +1,8 @@
-"""Op topk_select: the passes of an exact selection."""
+"""Op topk_select: the passes of an exact selection.
+
+A key or a prefix may be a Python int, or an int64 tensor without dimensions on the scores' device: what one
+pass finds goes into the next without the host reading it. Only ints are checked against their range.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +17,11 @@ from .bitmask import check_words
 SCORE_UNIT = 1 << 16  # elements whose equal scores are counted together
 
 
+Number = int | Tensor
+
+
 def digit_histogram(
-    scores: Sequence[Tensor], shift: int, bits: int, prefix: int, backend: str | None = None
+    scores: Sequence[Tensor], shift: int, bits: int, prefix: Number, backend: str | None = None
 ) -> tuple[Tensor, Tensor]:
     """One pass of a radix selection over all tensors (SPEC.md, eq. 15).
 
@@ -35,7 +42,12 @@ def digit_histogram(
         ValueError: scores that are no contiguous fp32 tensors of one device, or bits outside the key.
     """
     device = _check_scores(scores)
-    if not (shift >= 0 < bits and shift + bits <= 31 and 0 <= prefix < 1 << (31 - shift - bits)):
+    prefix = _number("prefix", prefix, device)
+    if not (
+        shift >= 0 < bits
+        and shift + bits <= 31
+        and (isinstance(prefix, Tensor) or 0 <= prefix < 1 << (31 - shift - bits))
+    ):
         raise ValueError(
             f"digit (shift={shift}, bits={bits}, prefix={prefix}) leaves a key's 31 bits"
         )
@@ -45,37 +57,57 @@ def digit_histogram(
 
 
 def bracket_histogram(
-    scores: Sequence[Tensor], low: int, high: int, shift: int, backend: str | None = None
+    scores: Sequence[Tensor],
+    low: Number,
+    high: Number,
+    shift: Number,
+    backend: str | None = None,
+    *,
+    bins: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """One pass over all tensors that looks closely at the keys of a bracket alone (SPEC.md, eq. 15).
 
-    Made for brackets that hold few of the scores, or a single key.
+    Made for brackets with few of the scores between their ends. One whose first key is greater than its
+    last is no pass at all: nothing is read or counted.
 
     Args:
         scores: contiguous fp32 tensors on one device; not changed.
         low, high: the bracket's first and last key.
         shift: a bin holds ``2**shift`` keys.
+        bins: how many there are at least; must be said where the others are tensors.
 
     Returns:
-        int64 ``[((high - low) >> shift) + 1]``: how many scores have each value of ``(key - low) >> shift``;
-        int64 ``[]``: how many keys lie above the bracket; and int64 ``[len(scores)]``: how many scores
-        of each tensor are NaN, infinite or negative. The others have a meaning only where there are none of
-        those.
+        int64 ``[bins]`` (else ``[((high - low) >> shift) + 1]``): how many scores have each value of
+        ``(key - low) >> shift``; int64 ``[]``: how many keys lie above the bracket; and int64
+        ``[len(scores)]``: how many scores of each tensor are NaN, infinite or negative. The others have
+        a meaning only where there are none of those.
 
     Raises:
-        ValueError: scores that are no contiguous fp32 tensors of one device, or a bracket outside the keys.
+        ValueError: scores that are no contiguous fp32 tensors of one device, a bracket outside the keys,
+            or fewer bins than it has.
     """
     device = _check_scores(scores)
-    if not (0 <= low <= high < 1 << 31 and 0 <= shift < 31):
-        raise ValueError(f"bracket (low={low}, high={high}, shift={shift}) leaves a key's 31 bits")
+    for what, number in (("low", low), ("high", high), ("shift", shift)):
+        _number(what, number, device)
+    if isinstance(low, int) and isinstance(high, int) and isinstance(shift, int):
+        if not (0 <= low <= high < 1 << 31 and 0 <= shift < 31):
+            raise ValueError(
+                f"bracket (low={low}, high={high}, shift={shift}) leaves a key's 31 bits"
+            )
+        needed = ((high - low) >> shift) + 1
+        bins = needed if bins is None else bins
+        if bins < needed:
+            raise ValueError(f"bins={bins} for a bracket of {needed}")
+    if bins is None or bins < 1:
+        raise ValueError(f"bins={bins} must be said, and positive, where the bracket is unread")
     module = registry.choose("topk_select", device, backend).module
-    counts, above, refused = module.bracket_histogram(scores, low, high, shift)
+    counts, above, refused = module.bracket_histogram(scores, low, high, shift, bins)
     return counts, above, refused
 
 
 def select_words(
     scores: Sequence[Tensor],
-    threshold: int,
+    threshold: Number,
     largest: bool,
     unit: int = SCORE_UNIT,
     backend: str | None = None,
@@ -95,7 +127,8 @@ def select_words(
         ValueError: scores of another kind, a threshold or unit out of range.
     """
     device = _check_scores(scores)
-    if not -1 <= threshold < 1 << 31:
+    threshold = _number("threshold", threshold, device)
+    if not (isinstance(threshold, Tensor) or -1 <= threshold < 1 << 31):
         raise ValueError(f"threshold={threshold} must be a key of 31 bits, or -1")
     _check_unit(unit)
     module = registry.choose("topk_select", device, backend).module
@@ -106,7 +139,7 @@ def select_words(
 def take_ties_(
     scores: Sequence[Tensor],
     words: Sequence[Tensor],
-    threshold: int,
+    threshold: Number,
     quotas: Tensor,
     unit: int = SCORE_UNIT,
     backend: str | None = None,
@@ -115,13 +148,14 @@ def take_ties_(
 
     Args:
         scores, threshold, unit: as for ``select_words``.
-        words: what ``select_words`` gave; changed in place.
+        words: what ``select_words`` gave, whose tails are not read; changed in place.
         quotas: int64 ``[units]``, each at most the unit's count of equal scores.
 
     Raises:
         ValueError: scores of another kind, words or quotas that do not fit them.
     """
     device = _check_scores(scores)
+    threshold = _number("threshold", threshold, device)
     _check_unit(unit)
     units = sum(-(-score.numel() // unit) for score in scores)
     if quotas.dtype != torch.int64 or quotas.shape != (units,) or len(words) != len(scores):
@@ -130,7 +164,7 @@ def take_ties_(
             f"tensors; expected as many words, and int64 ({units},)"
         )
     for at, (score, target) in enumerate(zip(scores, words, strict=True)):
-        check_words(f"scores {at}", target, score.numel())
+        check_words(f"scores {at}", target, score.numel(), tail_is_zero=True)
     module = registry.choose("topk_select", device, backend).module
     module.take_ties_(scores, words, threshold, quotas, unit)
 
@@ -157,6 +191,18 @@ def run_scores(
     module = registry.choose("topk_select", device, backend).module
     runs, refused = module.run_scores(scores, granularity)
     return runs, refused
+
+
+def _number(what: str, number: Number, device: torch.device) -> Number:
+    """A number, checked where it is a tensor."""
+    if isinstance(number, Tensor) and (
+        number.dtype != torch.int64 or number.dim() or number.device != device
+    ):
+        raise ValueError(
+            f"{what}: a tensor of {number.dtype} {tuple(number.shape)} on {number.device}; expected "
+            f"int64 () on {device}, or an int"
+        )
+    return number
 
 
 def _check_unit(unit: int) -> None:

@@ -1,4 +1,4 @@
-"""Op bitmask: bool tensors to mask words and back (SPEC.md, "Bit layout")."""
+"""Op bitmask: bool tensors to mask words and back, and values by them (SPEC.md, "Bit layout")."""
 
 from __future__ import annotations
 
@@ -42,3 +42,33 @@ def count_mask(words: Tensor) -> int:
     """The number of set bits."""
     chunks = words.split(_CHUNK_WORDS)
     return sum(int(unpack_mask(chunk, 32 * chunk.numel()).sum()) for chunk in chunks)
+
+
+def mask_ranks(words: Tensor, unit: int) -> Tensor:
+    """Set bits before every unit, and in all (contract: ops.mask_ranks)."""
+    in_byte = torch.tensor(
+        [bin(byte).count("1") for byte in range(256)], dtype=torch.uint8, device=words.device
+    )
+    counts = in_byte[words.contiguous().view(torch.uint8).to(torch.int32)]
+    whole = torch.nn.functional.pad(counts, (0, -counts.numel() % (unit // 8))).view(-1, unit // 8)
+    return torch.nn.functional.pad(whole.sum(1).cumsum(0), (1, 0))
+
+
+def mask_indices(words: Tensor, dtype: torch.dtype) -> Tensor:
+    """Where bits are set (contract: ops.mask_indices)."""
+    indices = unpack_mask(words, 32 * words.numel()).nonzero().view(-1)
+    if dtype == torch.int16:
+        indices = indices % (1 << 16)
+        # Two's complement by hand, as above.
+        indices -= (indices >> 15) << 16
+    return indices.to(dtype)
+
+
+def gather_masked(values: Tensor, words: Tensor) -> Tensor:
+    """The values where bits are set (contract: ops.gather_masked)."""
+    return values.reshape(-1)[unpack_mask(words, values.numel())]
+
+
+def scatter_masked_(values: Tensor, child: Tensor, words: Tensor) -> None:
+    """Put values where bits are set (contract: ops.scatter_masked_)."""
+    values.view(-1)[unpack_mask(words, values.numel())] = child

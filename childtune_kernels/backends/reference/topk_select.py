@@ -32,7 +32,7 @@ def _count_refused(score: Tensor) -> Tensor:
 
 
 def digit_histogram(
-    scores: Sequence[Tensor], shift: int, bits: int, prefix: int
+    scores: Sequence[Tensor], shift: int, bits: int, prefix: int | Tensor
 ) -> tuple[Tensor, Tensor]:
     """Counts of one digit, and of refused scores (contract: ops.digit_histogram)."""
     device = scores[0].device
@@ -50,15 +50,14 @@ def digit_histogram(
 
 
 def bracket_histogram(
-    scores: Sequence[Tensor], low: int, high: int, shift: int
+    scores: Sequence[Tensor], low: int | Tensor, high: int | Tensor, shift: int | Tensor, bins: int
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Counts of the keys in a bracket, above it, and refused (contract: ops.bracket_histogram)."""
     device = scores[0].device
-    bins = ((high - low) >> shift) + 1
     counts = torch.zeros(bins, dtype=torch.int64, device=device)
     above = torch.zeros((), dtype=torch.int64, device=device)
     refused = torch.zeros(len(scores), dtype=torch.int64, device=device)
-    for at, score in enumerate(scores):
+    for at, score in enumerate(scores if low <= high else []):
         for chunk in _chunks(score):
             keys = _keys(chunk)
             inside = keys[(keys >= low) & (keys <= high)]
@@ -69,7 +68,7 @@ def bracket_histogram(
 
 
 def select_words(
-    scores: Sequence[Tensor], threshold: int, largest: bool, unit: int
+    scores: Sequence[Tensor], threshold: int | Tensor, largest: bool, unit: int
 ) -> tuple[list[Tensor], Tensor]:
     """Words beyond a key and counts of equals (contract: ops.select_words)."""
     words, ties = [], []
@@ -85,7 +84,11 @@ def select_words(
 
 
 def take_ties_(
-    scores: Sequence[Tensor], words: Sequence[Tensor], threshold: int, quotas: Tensor, unit: int
+    scores: Sequence[Tensor],
+    words: Sequence[Tensor],
+    threshold: int | Tensor,
+    quotas: Tensor,
+    unit: int,
 ) -> None:
     """Set the bits of the first equals of each unit (contract: ops.take_ties_)."""
     remaining = iter(quotas.tolist())

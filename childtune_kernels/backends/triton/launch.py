@@ -67,11 +67,12 @@ _DEFAULTS = {
     "child_adamw_compact": Config(1024, 8),
     "fisher_accumulate": Config(1024, 8),
     "keep_words": Config(1024, 4),
-    "bitmask": Config(4096, 4),
+    "bitmask": Config(4096, 8),
     "topk_select": Config(4096, 8),
 }
 # The interpreter pays by operation, not by element.
 _INTERPRETER = Config(4096, 1)
+_INTERPRETER_BY_OP = {"bitmask": Config(1 << 15, 1), "topk_select": Config(1 << 14, 1)}
 
 
 def generation(device: torch.device) -> str:
@@ -87,13 +88,20 @@ def generation(device: torch.device) -> str:
 def config(op: str, of_generation: str) -> Config:
     """The configuration of an op; generations that are not in the table take the default."""
     if of_generation == "interpreter":
-        return _INTERPRETER
+        return _INTERPRETER_BY_OP.get(op, _INTERPRETER)
     return _GENERATIONS.get(of_generation, {}).get(op, _DEFAULTS[op])
 
 
 def warp_size(of_generation: str) -> int:
     """Threads of a warp."""
     return 64 if of_generation.startswith("gfx9") else 32
+
+
+def lanes(of_generation: str, of_config: Config) -> int:
+    """Elements of which every thread of a program has one: the step of a loop over a tail."""
+    if of_generation == "interpreter":
+        return of_config.tile
+    return of_config.num_warps * warp_size(of_generation)
 
 
 def generations() -> list[str]:
@@ -150,6 +158,26 @@ def chunk_map(sizes: Sequence[int], tile: int) -> Tensor:
     first = (chunks.cumsum(0) - chunks)[rows]
     within = torch.arange(rows.numel(), dtype=torch.int64, device="cpu") - first
     return torch.stack([rows, within], 1).to(torch.int32)
+
+
+def chunks(sizes: Sequence[int], tile: int, device: torch.device) -> Tensor:
+    """``chunk_map`` on a device; kept, since the same tensors come again and again."""
+    stream = 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    return _chunks(tuple(sizes), tile, device, stream)
+
+
+# A map is good on the stream that it was copied on; others get their own.
+@functools.lru_cache(maxsize=512)
+def _chunks(sizes: tuple[int, ...], tile: int, device: torch.device, stream: int) -> Tensor:
+    return upload(chunk_map(sizes, tile), device)
+
+
+def table(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers (int64) on a device; addresses and sizes go by table, never as arguments.
+
+    An integer argument would be compiled into the kernel where it is 1 or a multiple of 16.
+    """
+    return upload(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
 
 
 def launch(

@@ -47,12 +47,9 @@ def mapped_index(local, index_map):
     """Eq. 5: the images of local indexes (int64 tensor); ``index_map`` points at its nine numbers."""
     index = tl.load(index_map) + tl.zeros_like(local)
     rest = local
-    level = index_map + 7
-    # A loop that stays one: unrolled, its numbers would take registers from kernels that seldom need them.
-    for _ in tl.range(3, loop_unroll_factor=1):
-        size = tl.load(level)
+    for place in tl.static_range(3):
+        size = tl.load(index_map + 7 - 2 * place)
         outer = rest // size
-        index += (rest - outer * size) * tl.load(level + 1)
+        index += (rest - outer * size) * tl.load(index_map + 8 - 2 * place)
         rest = outer
-        level -= 2
-    return index + rest * tl.load(level + 1)
+    return index + rest * tl.load(index_map + 2)
