@@ -151,23 +151,24 @@ def test_replays_equal_eager_steps(
 def test_eager_steps_between_replays(column: str, graph: Graph) -> None:
     """With gradients elsewhere, which the graph must neither take over nor lose its own to."""
     eager, mixed = (Run(torch.float32, column, masked=True) for _ in range(2))
-    for step in range(5):
-        eager.next_gradients(step)
+    own = [parameter.grad for parameter in mixed.parameters.values()]
+    others = [torch.empty_like(parameter) for parameter in mixed.parameters.values()]
+    for step in range(6):
+        replayed = step in (1, 3, 4)
+        for parameter, grad in zip(
+            mixed.parameters.values(), own if replayed else others, strict=True
+        ):
+            parameter.grad = grad
+        for run in (eager, mixed):
+            run.next_gradients(step)
         eager.optimizer.step()
         if step == 1:
             with graph.capture():
                 mixed.optimizer.step()
-        own = [parameter.grad for parameter in mixed.parameters.values()]
-        if step in (0, 2):
-            for parameter in mixed.parameters.values():
-                parameter.grad = torch.empty_like(parameter)
-        mixed.next_gradients(step)
-        if step in (0, 2):
-            mixed.optimizer.step()
-        else:
+        if replayed:
             graph.replay()
-        for parameter, grad in zip(mixed.parameters.values(), own, strict=True):
-            parameter.grad = grad
+        else:
+            mixed.optimizer.step()
     assert_same_bits(mixed.outcome(), eager.outcome())
 
 
@@ -225,6 +226,17 @@ def test_a_second_capture_needs_a_step_between(column: str, graph: Graph) -> Non
     run = captured(column, graph)
     check_refused(run, graph, RuntimeError, "before each capture")
     run.optimizer.step()
+
+
+def test_what_a_step_launches_must_stand(column: str, graph: Graph) -> None:
+    """The first step drew masks; the captured one would need kernels that are not planned."""
+    run = Run(torch.float32, column, masked=False)
+    run.optimizer.step()
+    run.optimizer.param_groups[0]["reserve_p"] = 1.0
+    check_refused(run, graph, RuntimeError, "the last step was another one")
+    run.optimizer.step()
+    with graph.capture():
+        run.optimizer.step()
 
 
 def test_moved_weights_are_refused(column: str, graph: Graph) -> None:
