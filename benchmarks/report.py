@@ -89,7 +89,7 @@ def section(result: Result, picture: str) -> str:
             lines += [f"### {case.title}", "", _limit(case, records), ""]
             lines += [*_table(case, records), ""]
     lines += report_contests.sections(result.get("contest_records", []))
-    lines += ["### Targets", "", *_target_table(result["targets"]), ""]
+    lines += ["### Targets", "", *targets.table(result["targets"]), ""]
     return "\n".join(lines)
 
 
@@ -133,19 +133,6 @@ def _table(case: Case, records: dict[str, dict[str, Any]]) -> Iterator[str]:
         if variant.name in records
     ]
     yield from table(rows)
-
-
-def _target_table(found: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| case | variant | figure | bound | measured | |"
-    yield "|---|---|---|---:|---:|---|"
-    for item in found:
-        sign = "≥" if item["at_least"] else "≤"
-        measured = "" if item["value"] is None else targets.figure(item["measure"], item["value"])
-        yield (
-            f"| {item['case']} | {item['variant']} | {targets.title(item['measure'])} | "
-            f"{sign} {targets.figure(item['measure'], item['bound'])} | {measured} | "
-            f"{item['verdict']} |"
-        )
 
 
 def update_document(path: Path, results: list[Result]) -> None:

@@ -1,0 +1,193 @@
+"""Right before fast: the test table on the device, and a quick comparison where pytest is missing."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import itertools
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from childtune_kernels import registry
+from childtune_kernels.self_check import self_check
+
+from ..environment import ROOT, available_cores
+from .setting import Setting, say
+
+Record = dict[str, Any]
+
+_TESTS = ROOT / "tests"
+# Of a tiny run: that the tests are found, run and counted. An interpreted test takes its time.
+_TINY_MODULE, _TINY_SELECTION = "tests/ops/test_keep_words.py", "test_steps"
+_TINY_FINDINGS = 6
+_MOST_AT_ONCE = 8  # each has a CUDA context
+_WANTED = ("pytest", "hypothesis", "numpy")
+
+
+def ops_of(path: Path) -> tuple[str, ...]:
+    """The ops that a test module is about: by its name in tests/ops/, by its ``OPS`` elsewhere."""
+    named = path.stem.removeprefix("test_")
+    own = tuple(op for op in registry.TABLE if named.startswith(op))
+    if own and path.parent.name == "ops":
+        return own
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPS":
+            found: tuple[str, ...] = tuple(ast.literal_eval(node.value))
+            return found
+    return ()
+
+
+def run_table(setting: Setting, seconds: float) -> list[Record]:
+    """The tests of the Triton column, a process a module.
+
+    Args:
+        seconds: after which a module is ended.
+
+    Returns:
+        A record a module: its ops and its outcome, "passed", "failed", "no tests", "timed out" or "did not
+        run" (something that tests need is missing; not the kernels' fault).
+    """
+    modules = {path: ops_of(path) for path in sorted(_TESTS.rglob("test_*.py"))}
+    modules = {path: ops for path, ops in modules.items() if ops}
+    selection: list[str] = []
+    if setting.tiny:
+        modules = {path: modules[path] for path in [ROOT / _TINY_MODULE]}
+        selection = ["-k", _TINY_SELECTION]
+    missing = [name for name in _WANTED if importlib.util.find_spec(name) is None]
+    if missing:
+        reason = f"not installed: {', '.join(missing)}"
+        return [_record(path, ops, "did not run", reason) for path, ops in modules.items()]
+    at_once = 1 if setting.tiny else max(1, min(_MOST_AT_ONCE, available_cores() // 2))
+    until = time.monotonic() + seconds
+    with ThreadPoolExecutor(at_once) as pool:
+        return list(
+            pool.map(lambda item: _run_module(item[0], item[1], selection, until), modules.items())
+        )
+
+
+def _record(path: Path, ops: Sequence[str], outcome: str, reason: str | None = None) -> Record:
+    record: Record = {
+        "module": path.relative_to(ROOT).as_posix(),
+        "ops": list(ops),
+        "outcome": outcome,
+    }
+    return record if reason is None else {**record, "reason": reason}
+
+
+def _run_module(path: Path, ops: Sequence[str], selection: list[str], until: float) -> Record:
+    begun = time.monotonic()
+    if begun > until:
+        return _record(path, ops, "timed out", "before it began")
+    with TemporaryDirectory() as folder:
+        counts = Path(folder) / "counts.xml"
+        command = [
+            sys.executable, "-m", "pytest", str(path), "--column", "triton", "--tb", "short",
+            "-p", "no:cacheprovider", "--maxfail", "10", "--junitxml", str(counts), *selection,
+        ]  # fmt: skip
+        process = subprocess.Popen(
+            command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=until - begun)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            return _record(path, ops, "timed out", output[-1000:])
+        outcome = outcome_of(process.returncode, output)
+        record = _record(path, ops, outcome, None if outcome == "passed" else output[-4000:])
+        if counts.exists():
+            suite = ElementTree.parse(counts).getroot().find("testsuite")
+            assert suite is not None
+            kinds = ("tests", "failures", "errors", "skipped")
+            record["counts"] = {kind: int(suite.get(kind, 0)) for kind in kinds}
+    record["seconds"] = round(time.monotonic() - begun, 1)
+    say(f"  {record['module']}: {outcome} in {record['seconds']} s {record.get('counts', '')}")
+    return record
+
+
+def outcome_of(returncode: int, output: str) -> str:
+    """What pytest's exit status means for the kernels; a fault in doubt is theirs."""
+    if returncode == 0:
+        return "passed"
+    if returncode == 5:
+        return "no tests"
+    if returncode == 4 and "unrecognized arguments: --column" in output:
+        return "did not run"
+    missing = re.findall(r"ModuleNotFoundError: No module named '(\w+)", output)
+    if returncode == 2 and missing and not {"childtune_kernels", "tests"} & set(missing):
+        return "did not run"
+    return "failed"
+
+
+def compare_quickly(setting: Setting) -> list[Record]:
+    """The package's own comparison of child_adamw with the reference, bit for bit."""
+    findings = self_check(setting.device)
+    return [
+        asdict(each) for each in itertools.islice(findings, _TINY_FINDINGS * setting.tiny or None)
+    ]
+
+
+def _gist(reason: str) -> str:
+    """The line of pytest's output that says what was missing."""
+    lines = [line.strip() for line in reason.splitlines() if line.strip()] or [""]
+    return next((line for line in lines if re.search(r"error: |Error: ", line)), lines[-1])[:200]
+
+
+def unproven(modules: Sequence[Record], findings: Sequence[Record]) -> dict[str, str]:
+    """Op → why its speed is not reported."""
+    found = {
+        op: f"{module['module']} failed"
+        for module in modules
+        if module["outcome"] == "failed"
+        for op in module["ops"]
+    }
+    wrong = [each for each in findings if not each["equal"]]
+    if wrong:
+        settings = ", ".join(f"{each['backend']} {each['setting']}" for each in wrong)
+        found["child_adamw"] = f"the self-check differs from the reference: {settings}"
+    return found
+
+
+def prove(setting: Setting, seconds: float, with_tests: bool) -> dict[str, Any]:
+    """Everything that is known of the kernels' results on this device.
+
+    Args:
+        seconds: how long the tests may take.
+        with_tests: False leaves the table out, for another command to run.
+
+    Returns:
+        ``by``: "pytest" where every module of the table ran, else "self_check"; ``why`` not; the
+        ``modules``, the ``findings`` of the self-check, and the ops that are ``unproven``.
+    """
+    findings = compare_quickly(setting)
+    say(f"  self-check: {sum(each['equal'] for each in findings)} of {len(findings)} equal")
+    modules = run_table(setting, seconds) if with_tests else []
+    silent = [each for each in modules if each["outcome"] in ("did not run", "timed out")]
+    why = "the tests were not asked for" if not with_tests else None
+    if silent:
+        first = silent[0]
+        why = (
+            f"{len(silent)} of {len(modules)} modules {first['outcome']}: {_gist(first['reason'])}"
+        )
+    elif with_tests and not any(each["outcome"] == "passed" for each in modules):
+        why = "no module has passed"
+    return {
+        "by": "pytest" if why is None else "self_check",
+        "why": why,
+        "tiny": setting.tiny,
+        "modules": modules,
+        "self_check": findings,
+        "unproven": unproven(modules, findings),
+    }
