@@ -160,12 +160,12 @@ def unproven(modules: Sequence[Record], findings: Sequence[Record]) -> dict[str,
     return found
 
 
-def prove(setting: Setting, seconds: float, with_tests: bool) -> dict[str, Any]:
+def prove(setting: Setting, seconds: float, earlier: list[Record] | None) -> dict[str, Any]:
     """Everything that is known of the kernels' results on this device.
 
     Args:
         seconds: how long the tests may take.
-        with_tests: False leaves the table out, for another command to run.
+        earlier: None runs the tests; else they are left out, and this is what an earlier command found.
 
     Returns:
         ``by``: "pytest" where every module of the table ran, else "self_check"; ``why`` not; the
@@ -173,15 +173,15 @@ def prove(setting: Setting, seconds: float, with_tests: bool) -> dict[str, Any]:
     """
     findings = compare_quickly(setting)
     say(f"  self-check: {sum(each['equal'] for each in findings)} of {len(findings)} equal")
-    modules = run_table(setting, seconds) if with_tests else []
+    modules = run_table(setting, seconds) if earlier is None else earlier
     silent = [each for each in modules if each["outcome"] in ("did not run", "timed out")]
-    why = "the tests were not asked for" if not with_tests else None
+    why = None if modules else "the tests were not asked for"
     if silent:
         first = silent[0]
         why = (
             f"{len(silent)} of {len(modules)} modules {first['outcome']}: {_gist(first['reason'])}"
         )
-    elif with_tests and not any(each["outcome"] == "passed" for each in modules):
+    elif modules and not any(each["outcome"] == "passed" for each in modules):
         why = "no module has passed"
     return {
         "by": "pytest" if why is None else "self_check",

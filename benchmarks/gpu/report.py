@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
@@ -13,6 +14,11 @@ from ..figures import milliseconds, size, table, with_quartiles
 Result = dict[str, Any]
 
 _COLOURS = {"torch": "#6b7280", "other": "#15803d", "unfused": "#c2410c", "childtune": "#1d4ed8"}
+
+
+def slug_of(result: Result) -> str:
+    """The device's name as a part of a file's name."""
+    return re.sub(r"[^a-z0-9]+", "-", result["environment"]["device_name"].lower()).strip("-")
 
 
 def section(result: Result, picture: str | None = None) -> str:

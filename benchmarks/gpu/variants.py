@@ -150,6 +150,7 @@ _TINY: dict[str, Sequence[str]] = {
         *("torch_fused", "torch_fused_graph", "unfused", "plain", "ct_f_0.3", "plain_graph"),
         *("ct_d_0.1_runs", "torch_fused_bf16", "plain_bf16"),
     ),
+    LLAMA_1B.name: ("torch_fused", "plain"),
     GROUPS.name: ("torch_fused", "plain", "plain_groups"),
 }
 
@@ -159,5 +160,5 @@ def variants_of(case: Case, tiny: bool) -> list[Variant]:
     found = _OF_CASE[case.name]
     if not tiny:
         return list(found)
-    few = _TINY.get(case.name, ("torch_fused", "plain"))
+    few = _TINY.get(case.name, ("torch_fused",))
     return [variant for variant in found if variant.name in few]
