@@ -192,12 +192,19 @@ def test_failed_tests_and_wrong_findings_are_unproven() -> None:
         (2, "E   ModuleNotFoundError: No module named 'childtune_kernels.ops'", "failed"),
         (2, "E   SyntaxError: invalid syntax", "failed"),
         (4, "error: unrecognized arguments: --column triton", "did not run"),
+        (4, "ImportError while loading conftest: No module named 'numpy'", "failed"),
+        (4, "E   ModuleNotFoundError: No module named 'numpy'", "did not run"),
         (4, "error: file or directory not found", "failed"),
         (-11, "", "failed"),
     ],
 )
 def test_what_an_exit_status_means(returncode: int, output: str, outcome: str) -> None:
-    assert proof.outcome_of(returncode, output) == outcome
+    assert proof.outcome_of(returncode, output, {"tests": 3, "skipped": 1}) == outcome
+
+
+def test_skipped_tests_prove_nothing() -> None:
+    assert proof.outcome_of(0, "", {"tests": 3, "skipped": 3}) == "did not run"
+    assert proof.outcome_of(0, "", {}) == "did not run"
 
 
 def test_modules_say_which_ops_they_are_about() -> None:

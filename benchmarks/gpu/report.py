@@ -57,7 +57,7 @@ def section(result: Result, picture: str | None = None) -> str:
 def _proof(result: Result) -> Iterator[str]:
     proof = result.get("proof")
     if proof is None:
-        yield "Whether the results are right was not looked at."
+        yield "Whether the results are right is not known yet."
     else:
         outcomes = [module["outcome"] for module in proof["modules"]]
         kinds = ", ".join(

@@ -24,7 +24,7 @@ from .bandwidth import copy_contender
 from .ledger import Ledger
 from .replay import Replay, replay_differs
 from .setting import Setting, say
-from .traffic import bytes_per_parameter
+from .traffic import bytes_per_parameter, state_bytes
 from .variants import eager_of, suffix_of, variants_of
 
 _COPY = "copy"
@@ -194,7 +194,7 @@ def _record_of(
         "effective_bytes_per_second": step_bytes / median,
         "copy_bytes_per_second": copy_bytes / copy_median,
         "share_of_copy": step_bytes / copy_bytes / time_over_copy,
-        "state_bytes_per_parameter": _state_bytes(optimizer) / case.parameters,
+        "state_bytes_per_parameter": state_bytes(optimizer) / case.parameters,
     }
     suffix = suffix_of(variant)
     comparisons = [
@@ -207,15 +207,6 @@ def _record_of(
         one_group = variant.name.removesuffix(GROUPED_SUFFIX)
         comparisons.append(("ratio_to_one_group", one_group, False))
     return record | ratios_of(variant.name, seconds, comparisons)
-
-
-def _state_bytes(optimizer: Optimizer) -> int:
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
 
 
 def _host_times(case: Case, entrant: Entrant, device: torch.device) -> dict[str, Any]:

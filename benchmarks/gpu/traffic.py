@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch.optim import Optimizer
 
@@ -17,10 +20,13 @@ def bytes_per_parameter(variant: Variant, optimizer: Optimizer, parameters: int)
     """Read and written bytes a parameter of one step of a variant.
 
     Weights and gradients of a compact child count by the sectors that hold a child element, moments (and
-    master weights, from which the weights are made) by child element, the child's layout once.
+    master weights, from which the weights are made) by child element, the child's layout once. Of other
+    packages' optimizers the whole state is taken to be read and written.
     """
     weight = variant.dtype.itemsize
-    moments = 4 * (_MOMENT if variant.family == "childtune" else weight)
+    moments = 4.0 * (_MOMENT if variant.family == "childtune" else weight)
+    if variant.family == "other":
+        moments = 2 * state_bytes(optimizer) / parameters
     weights_read, masters = 1, 0
     layout = 0.0
     if variant.family == "childtune":
@@ -39,6 +45,24 @@ def bytes_per_parameter(variant: Variant, optimizer: Optimizer, parameters: int)
         kept = variant.kept
         touched = touched_share(kept, variant.run, _SECTOR // weight)
     return touched * (2 + weights_read) * weight + kept * (moments + masters) + layout / parameters
+
+
+def state_bytes(optimizer: Optimizer) -> int:
+    """Bytes of all tensors in an optimizer's state, those inside objects of its own too."""
+    total = 0
+    for state in optimizer.state.values():
+        for value in state.values():
+            inner = [] if isinstance(value, torch.Tensor) else list(vars_of(value).values())
+            total += sum(each.nbytes for each in (value, *inner) if isinstance(each, torch.Tensor))
+    return total
+
+
+def vars_of(value: object) -> dict[str, Any]:
+    """An object's attributes, if it has any of its own."""
+    names: Iterable[str] = (
+        getattr(value, "__dict__", None) or getattr(value, "__slots__", None) or ()
+    )
+    return {name: getattr(value, name, None) for name in names}
 
 
 def touched_share(kept: float, run: int, elements: int) -> float:
