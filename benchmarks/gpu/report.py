@@ -125,7 +125,7 @@ def configurations(records: list[dict[str, Any]]) -> Iterator[str]:
             "tile": str(record["tile"]),
             "warps": str(record["num_warps"]),
             "ms": f"{record['seconds'] * 1e3:.3f}",
-            "of a copy": f"{record['share_of_copy']:.1%}",
+            "of a copy": f"{record['share_of_copy']:.1%}" if "share_of_copy" in record else "",
             "time / present": f"{record['ratio_to_present']:.3f}"
             if "ratio_to_present" in record
             else "",

@@ -9,7 +9,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -18,12 +18,13 @@ from childtune_kernels.backends.triton import launch
 from childtune_kernels.backends.triton.launch import Config
 
 from ..cases import Case, Workload
-from ..contests import fisher
+from ..contests import Competitor, Contest, fisher, selection
 from ..correctness import fault_of
 from ..rounds import Contender, Seconds, interleave, quartiles, ratio
 from ..variants import CT_D, CT_D_RUNS, CT_D_SPARSE, CT_D_SPARSEST, CT_F, PLAIN, Variant
 from .bandwidth import copy_contender
 from .cases import BERT_LARGE, tiny_of
+from .contests import FISHER_NAMES, SELECTION_NAME, contests_for
 from .ledger import Ledger
 from .setting import Setting, say
 from .traffic import bytes_per_parameter
@@ -41,7 +42,10 @@ SWEPT: dict[str, tuple[Variant, ...]] = {
     "child_adamw": (PLAIN, CT_F, PLAIN_BF16, in_bf16(CT_F, ("master_weight", "none"))),
     "child_adamw_compact": (CT_D, CT_D_SPARSE, CT_D_SPARSEST, CT_D_RUNS),
 }
-_FISHER = "fisher_accumulate"
+SWEPT_CONTESTS = {
+    FISHER_NAMES[BERT_LARGE.name]: fisher.OURS,
+    SELECTION_NAME: selection.SELECT,
+}
 
 
 @contextlib.contextmanager
@@ -90,13 +94,29 @@ def run_sweep(setting: Setting, ledger: Ledger, unproven: Mapping[str, str]) -> 
                 continue
             say(f"sweep of {op}: {variant.title}")
             steps = _steps_of(op, variant, case, setting, ledger)
-            _compare(op, variant.name, case, steps, setting, ledger)
-    if _FISHER in unproven or setting.absent(_FISHER) or registry.TABLE[_FISHER]["triton"] is None:
-        ledger.fault(case.name, f"sweep of {_FISHER}", "no proven Triton kernel")
-    else:
-        say(f"sweep of {_FISHER}")
-        steps = _fisher_steps(case, setting, ledger)
-        _compare(_FISHER, fisher.OURS.name, case, steps, setting, ledger)
+            field = _Field(case.name, case.parameters, case.rounds)
+            _compare(op, variant.name, field, steps, setting, ledger)
+    known = contests_for(setting)
+    for name, competitor in SWEPT_CONTESTS.items():
+        contest = known[name]
+        op = contest.op
+        if op in unproven or setting.absent(op) or registry.TABLE[op]["triton"] is None:
+            ledger.fault(name, f"sweep of {op}", "no proven Triton kernel")
+        elif setting.left() < 0:
+            ledger.fault(name, f"sweep of {op}", "out of time")
+        else:
+            say(f"sweep of {op}: {competitor.title}")
+            field = _Field(name, contest.elements, contest.rounds)
+            steps = _steps_of_contest(contest, competitor, setting, ledger)
+            _compare(op, competitor.name, field, steps, setting, ledger)
+
+
+class _Field(NamedTuple):
+    """On what configurations are compared."""
+
+    case: str
+    elements: int
+    rounds: int
 
 
 Steps = dict[Config, tuple[Callable[[], object], float]]
@@ -124,22 +144,24 @@ def _steps_of(op: str, variant: Variant, case: Case, setting: Setting, ledger: L
     return steps
 
 
-def _fisher_steps(case: Case, setting: Setting, ledger: Ledger) -> Steps:
-    contest = fisher.contest_of("sweep", case, 1, setting.backend(_FISHER))
-    ours = fisher.OURS.name
-    step = contest.prepare(case.shapes(), setting.device).steps[ours]
-    moved = float(fisher.OURS.bytes_per_element or 0)
+def _steps_of_contest(
+    contest: Contest, competitor: Competitor, setting: Setting, ledger: Ledger
+) -> Steps:
+    """The same for a competitor of a contest."""
+    op, name = contest.op, competitor.name
+    step = contest.prepare(contest.shapes(), setting.device).steps[name]
+    moved = float(competitor.bytes_per_element or 0)
     steps: Steps = {}
-    for config in configs(_FISHER, setting):
+    for config in configs(op, setting):
         try:
-            with configured(_FISHER, config):
-                fault = contest.faults(contest.miniature(), setting.device).get(ours)
+            with configured(op, config):
+                fault = contest.faults(contest.miniature(), setting.device).get(name)
         except Exception as error:  # as above
             fault = f"{type(error).__name__}: {error}"[:500]
         if fault is None:
-            steps[config] = (_within(_FISHER, config, step), moved)
+            steps[config] = (_within(op, config, step), moved)
         else:
-            ledger.fault(case.name, f"{ours} with {tuple(config)}", fault)
+            ledger.fault(contest.name, f"{name} with {tuple(config)}", fault)
     return steps
 
 
@@ -152,7 +174,7 @@ def _within(op: str, config: Config, step: Callable[[], object]) -> Callable[[],
 
 
 def _compare(
-    op: str, variant: str, case: Case, steps: Steps, setting: Setting, ledger: Ledger
+    op: str, variant: str, field: _Field, steps: Steps, setting: Setting, ledger: Ledger
 ) -> None:
     """Time the configurations in the same rounds, beside a copy."""
     if not steps:
@@ -162,15 +184,14 @@ def _compare(
     contenders[_COPY] = copy_contender(copied, setting.device)
     deadline = time.monotonic() + min(_SECONDS_OF_ROUNDS, max(0.0, setting.left()))
     seconds: dict[str, Seconds] = interleave(
-        contenders, case.rounds, setting.device, deadline=deadline
+        contenders, field.rounds, setting.device, deadline=deadline
     )
     present = str(tuple(next(iter(configs(op, setting)))))
     records = []
     for config, (_, moved) in steps.items():
         own = seconds[str(tuple(config))]
-        step_bytes = moved * case.parameters
         record: dict[str, Any] = {
-            "case": case.name,
+            "case": field.case,
             "variant": f"{op} {variant} {config.tile} {config.num_warps}",
             "op": op,
             "of": variant,
@@ -178,12 +199,14 @@ def _compare(
             "num_warps": config.num_warps,
             "present": str(tuple(config)) == present,
             "seconds": quartiles(list(own.values()))[1],
-            "share_of_copy": step_bytes / (2 * copied) / ratio(own, seconds[_COPY])[1],
         }
+        if moved:
+            over_copy = ratio(own, seconds[_COPY])[1]
+            record["share_of_copy"] = moved * field.elements / (2 * copied) / over_copy
         if present in seconds:
             record["ratio_to_present"] = ratio(own, seconds[present])[1]
         records.append(record)
-    ledger.put("sweep", records, case.name)
+    ledger.put("sweep", records, field.case)
     del steps, contenders
     gc.collect()
     if setting.device.type == "cuda":
