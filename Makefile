@@ -1,11 +1,11 @@
-# Every target makes its own virtual environment first; PYTHON=python3.12 chooses another Python.
+# Every target but gpu makes its own virtual environment first; PYTHON=python3.12 chooses another Python.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capability/*)
 
-.PHONY: help install finetune finetune-short test test-slow bench check format info clean
+.PHONY: help install finetune finetune-short test test-slow bench gpu check format info clean
 
 help:
 	@echo "make install         the virtual environment and the package in it; other targets do this first"
@@ -14,6 +14,7 @@ help:
 	@echo "make test            all tests"
 	@echo "make test-slow       the long sweeps too"
 	@echo "make bench           benchmarks against torch.optim.AdamW"
+	@echo "make gpu             check and measure on this machine's GPU, offline (under 8 minutes); ARGS='--sweep'"
 	@echo "make check           ruff and mypy"
 	@echo "make format          ruff's fixes and format"
 	@echo "make info            what is installed, which backend serves what, a self-check"
@@ -49,6 +50,10 @@ test-slow: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks/ --benchmark-only
+
+# A machine with a GPU often has a torch of its own and no network: what is there is used, nothing is fetched.
+gpu:
+	$(if $(wildcard $(VENV)/.installed),$(BIN)/python,$(PYTHON)) -m benchmarks.gpu $(ARGS)
 
 check: install
 	$(BIN)/ruff check .

@@ -184,16 +184,25 @@ class Workload:
     variant has luckier pages than another. What the weights become is of no interest here.
     """
 
-    def __init__(self, shapes: Shapes, device: torch.device, seed: int = 0) -> None:
+    def __init__(
+        self,
+        shapes: Shapes,
+        device: torch.device,
+        seed: int = 0,
+        dtype: torch.dtype = DTYPE,
+    ) -> None:
         self.generator = torch.Generator(device).manual_seed(seed)
         self.device = device
+        self.dtype = dtype
         self.named = [
             (name, torch.nn.Parameter(self._random(shape))) for name, shape in shapes.items()
         ]
         self.set_gradients()
 
     def _random(self, shape: Sequence[int]) -> Tensor:
-        return torch.randn(tuple(shape), generator=self.generator, device=self.device, dtype=DTYPE)
+        return torch.randn(
+            tuple(shape), generator=self.generator, device=self.device, dtype=self.dtype
+        )
 
     def set_gradients(self) -> None:
         """Give every parameter a new random gradient."""
@@ -209,4 +218,5 @@ class Workload:
             state = optimizer.state[parameter]
             for key in ("exp_avg", "exp_avg_sq"):
                 if key in state:  # compact moments have other names and are an optimizer's own
-                    state[key] = moments.setdefault((name, key), state[key])
+                    kind = (name, key, state[key].dtype)
+                    state[key] = moments.setdefault(kind, state[key])

@@ -36,7 +36,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "python": platform.python_version(),
         "torch": torch.__version__,
         "torch_cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "triton": _installed("triton"),
+        "triton": installed("triton"),
         "childtune_kernels": childtune_kernels.__version__,
         "kernel": f"{choice.backend}: {choice.reason}",
         "compiler": _compiler(),
@@ -65,7 +65,8 @@ def device_name(device: torch.device) -> str:
     return found[1].strip() if found else platform.processor() or platform.machine()
 
 
-def _installed(package: str) -> str | None:
+def installed(package: str) -> str | None:
+    """The version of an installed package, or None."""
     try:
         return version(package)
     except PackageNotFoundError:

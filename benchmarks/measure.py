@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,16 +144,33 @@ def record_of(
         "copy_bytes_per_second": copy_bytes / copy_median,
         "share_of_copy": step_bytes / copy_bytes / time_over_copy,
     }
-    for key, base, inverted in (
+    comparisons = [
         ("ratio_to_fused", TORCH_FUSED.name, False),
         ("speedup_over_unfused", UNFUSED.name, True),
-        ("ratio_to_one_group", variant.name.removesuffix(GROUPED_SUFFIX), False),
-    ):
-        if base not in seconds or (key == "ratio_to_one_group" and not variant.grouped):
-            continue
-        pair = (seconds[base], own) if inverted else (own, seconds[base])
-        low, middle, high = ratio(*pair)
-        record[key] = middle
-        record[f"{key}_quartiles"] = [low, high]
+    ]
+    if variant.grouped:
+        comparisons.append(("ratio_to_one_group", variant.name.removesuffix(GROUPED_SUFFIX), False))
+    record.update(ratios_of(variant.name, seconds, comparisons))
     record.update({f"peak_{kind}_bytes": size for kind, size in peaks.items()})
     return record
+
+
+def ratios_of(
+    name: str, seconds: Mapping[str, Seconds], comparisons: Iterable[tuple[str, str, bool]]
+) -> dict[str, Any]:
+    """What a variant's time is in relation to others', with quartiles.
+
+    Args:
+        name: the variant.
+        seconds: of everybody, by name; who is missing is not compared with.
+        comparisons: the ratio's name, whose time is the base, and whether more is better.
+    """
+    found: dict[str, Any] = {}
+    for key, base, inverted in comparisons:
+        if base not in seconds:
+            continue
+        own, other = seconds[name], seconds[base]
+        low, middle, high = ratio(other, own) if inverted else ratio(own, other)
+        found[key] = middle
+        found[f"{key}_quartiles"] = [low, high]
+    return found

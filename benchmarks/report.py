@@ -13,6 +13,8 @@ from .cases import BYTES_PER_PARAMETER, CASES, DTYPE, Case
 from .contests import CONTESTS
 from .environment import ROOT
 from .figures import milliseconds, size, table, with_quartiles
+from .gpu import report as gpu_report
+from .gpu.report import slug_of
 from .plot import plot
 from .variants import TORCH_FUSED, Variant, variants_of
 
@@ -58,12 +60,18 @@ def slim(run: dict[str, Any]) -> Result:
 
 
 def newest(directory: Path) -> list[Result]:
-    """The newest result of each kind of device."""
+    """The newest result of each command and kind of device; of GPUs each model."""
     results = [json.loads(path.read_text()) for path in directory.glob("*.json")]
-    by_device: dict[str, Result] = {}
+    newest_of: dict[tuple[str, str], Result] = {}
     for result in sorted(results, key=lambda result: result["datetime"]):
-        by_device[result["environment"]["device"]] = result
-    return list(by_device.values())
+        environment = result["environment"]
+        device = "device_name" if _is_of_gpu_command(result) else "device"
+        newest_of[result.get("kind", "pytest"), environment[device]] = result
+    return list(newest_of.values())
+
+
+def _is_of_gpu_command(result: Result) -> bool:
+    return result.get("kind") == "gpu"
 
 
 def section(result: Result, picture: str) -> str:
@@ -89,7 +97,7 @@ def section(result: Result, picture: str) -> str:
             lines += [f"### {case.title}", "", _limit(case, records), ""]
             lines += [*_table(case, records), ""]
     lines += report_contests.sections(result.get("contest_records", []))
-    lines += ["### Targets", "", *_target_table(result["targets"]), ""]
+    lines += ["### Targets", "", *targets.table(result["targets"]), ""]
     return "\n".join(lines)
 
 
@@ -135,19 +143,6 @@ def _table(case: Case, records: dict[str, dict[str, Any]]) -> Iterator[str]:
     yield from table(rows)
 
 
-def _target_table(found: list[dict[str, Any]]) -> Iterator[str]:
-    yield "| case | variant | figure | bound | measured | |"
-    yield "|---|---|---|---:|---:|---|"
-    for item in found:
-        sign = "≥" if item["at_least"] else "≤"
-        measured = "" if item["value"] is None else targets.figure(item["measure"], item["value"])
-        yield (
-            f"| {item['case']} | {item['variant']} | {targets.title(item['measure'])} | "
-            f"{sign} {targets.figure(item['measure'], item['bound'])} | {measured} | "
-            f"{item['verdict']} |"
-        )
-
-
 def update_document(path: Path, results: list[Result]) -> None:
     """Replace what stands between the markers, and draw the pictures beside the document.
 
@@ -159,6 +154,11 @@ def update_document(path: Path, results: list[Result]) -> None:
         raise ValueError(f"{path} must hold {BEGIN!r} and {END!r} once each")
     sections = []
     for result in results:
+        if _is_of_gpu_command(result):
+            picture = path.with_name(f"{path.stem}-{slug_of(result)}.png")
+            drawn = gpu_report.draw(result, picture)
+            sections.append(gpu_report.section(result, picture.name if drawn else None))
+            continue
         picture = path.with_name(f"{path.stem}-{result['environment']['device']}.png")
         if result["records"]:
             plot(result, picture)

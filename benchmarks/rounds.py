@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
@@ -33,11 +34,13 @@ def interleave(
     rounds: int,
     device: torch.device,
     after_round: Callable[[int], None] = lambda done: None,
+    deadline: float = math.inf,
 ) -> dict[str, Seconds]:
     """Time every contender once a round.
 
     What slows the machine for a while then hits all of them alike, and ratios within a round stay what
-    they are; the order is shuffled so that nobody always follows the same neighbour.
+    they are; the order is shuffled so that nobody always follows the same neighbour. After
+    ``deadline`` (of ``time.monotonic``) no further round begins, but one is always run.
     """
     for contender in contenders.values():
         for _ in range(1 if contender.slow else _WARM_UP_STEPS):
@@ -57,6 +60,8 @@ def interleave(
                 if index % slow_every == 0 or not contenders[name].slow:
                     seconds[name][index] = _timed(contenders[name].step, device)
             after_round(index + 1)
+            if time.monotonic() > deadline:
+                break
     finally:
         if collects:
             gc.enable()
@@ -65,6 +70,14 @@ def interleave(
 
 def _timed(step: Callable[[], object], device: torch.device) -> float:
     synchronize(device)
+    if device.type == "cuda":  # the device's own clock, which no wake-up of this process enters
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        with torch.cuda.device(device):
+            begin.record()
+            step()
+            end.record()
+            end.synchronize()
+        return begin.elapsed_time(end) * 1e-3
     start = time.perf_counter_ns()
     step()
     synchronize(device)

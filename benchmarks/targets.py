@@ -22,7 +22,7 @@ from .variants import (
 
 _MIB = 2**20
 # What a clock has a part in, and so the number of rounds.
-_TIMED = ("seconds", "ratio", "speedup", "rate")
+_TIMED = ("seconds", "ratio", "speedup", "rate", "share_of_copy", "host")
 
 
 @dataclass(frozen=True)
@@ -137,13 +137,30 @@ def lines(found: Iterable[dict[str, Any]]) -> Iterator[str]:
         )
 
 
+def table(found: Iterable[dict[str, Any]]) -> Iterator[str]:
+    """Lines of a Markdown table, a row a verdict."""
+    yield "| case | variant | figure | bound | measured | |"
+    yield "|---|---|---|---:|---:|---|"
+    for item in found:
+        sign = "≥" if item["at_least"] else "≤"
+        measured = "" if item["value"] is None else figure(item["measure"], item["value"])
+        yield (
+            f"| {item['case']} | {item['variant']} | {title(item['measure'])} | "
+            f"{sign} {figure(item['measure'], item['bound'])} | {measured} | {item['verdict']} |"
+        )
+
+
 _TITLES = {
     "ratio_to_fused": "time / torch fused",
+    "speedup_over_fused": "torch fused / time",
     "speedup_over_unfused": "unfused / time",
+    "ratio_to_plain": "time / plain",
     "ratio_to_one_group": "time / one group",
     "peak_total_bytes": "extra memory",
     "state_bytes_per_parameter": "bytes a parameter",
     "seconds": "time",
+    "share_of_copy": "of a copy",
+    "host_us_per_tensor": "CPU time a tensor",
     "ratio_to_kthvalue": "time / kthvalue",
     "speedup_over_percentile": "percentile / time",
     "rate_to_add": "rate / torch.add",
@@ -165,6 +182,10 @@ def figure(measure: str, value: float) -> str:
         return f"{value:.4f}"
     if measure == "seconds":
         return f"{value:.3g} s"
+    if measure == "share_of_copy":
+        return f"{value:.1%}"
+    if measure == "host_us_per_tensor":
+        return f"{value:.2f} µs"
     if measure.endswith("bytes"):
         return f"{value / _MIB:.2f} MiB"
     return f"{value:.3g} ×" if value >= 10 else f"{value:.2f} ×"

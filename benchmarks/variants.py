@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -32,18 +32,23 @@ class Variant:
 
     ``kept`` is the share of gradient elements that reach the update, drawn anew at every step
     (``mask`` "bernoulli") or once for all ("fixed"; in runs of ``run`` elements). ``slow``: takes part in
-    few rounds. ``grouped``: every tensor is a parameter group of its own.
+    few rounds. ``grouped``: every tensor is a parameter group of its own. ``dtype``: of weights and
+    gradients. ``graph``: its step is captured into a CUDA graph and replayed. ``make`` builds the optimizers
+    of other packages (family "other").
     """
 
     name: str
     title: str
-    family: Literal["torch", "unfused", "childtune"]
+    family: Literal["torch", "unfused", "childtune", "other"]
     options: tuple[tuple[str, Any], ...] = ()
     mask: Literal["none", "bernoulli", "fixed"] = "none"
     kept: float = 1.0
     run: int = 1
     slow: bool = False
     grouped: bool = False
+    dtype: torch.dtype = torch.float32
+    graph: bool = False
+    make: Callable[..., Optimizer] | None = None
 
     def build(self, named: NamedParameters, backend: str | None = None) -> Optimizer:
         """The optimizer over parameters; ``backend`` is childtune_kernels' own option."""
@@ -51,6 +56,8 @@ class Variant:
         if self.grouped:
             parameters = [{"params": [entry]} for entry in named]
         options = {**OPTIONS, **dict(self.options)}
+        if self.make is not None:
+            return self.make([parameter for _, parameter in named], **options)
         if self.family == "torch":
             return AdamW(parameters, **options)
         if self.family == "unfused":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -43,34 +44,35 @@ def _add(sums: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
         torch.add(total, gradient, out=total)
 
 
-def _prepare(shapes: Shapes, device: torch.device) -> Prepared:
+def _prepare(shapes: Shapes, device: torch.device, backend: str | None = None) -> Prepared:
     """All competitors add to the same sums."""
     sums, gradients = _tensors(shapes, device)
     half = [gradient.bfloat16() for gradient in gradients]
     return Prepared(
         {
-            OURS.name: lambda: _accumulate(sums, gradients),
-            OURS_BF16.name: lambda: _accumulate(sums, half),
+            OURS.name: lambda: _accumulate(sums, gradients, backend),
+            OURS_BF16.name: lambda: _accumulate(sums, half, backend),
             ADD.name: lambda: _add(sums, gradients),
         }
     )
 
 
-def _faults(shapes: Shapes, device: torch.device) -> dict[str, str]:
+def _faults(shapes: Shapes, device: torch.device, backend: str | None = None) -> dict[str, str]:
     faults = {}
     for name, dtype in _TYPES.items():
         found, gradients = _tensors(shapes, device)
         expected, _ = _tensors(shapes, device)
         typed = [gradient.to(dtype) for gradient in gradients]
         for _ in range(2):
-            _accumulate(found, typed)
+            _accumulate(found, typed, backend)
             _accumulate(expected, typed, backend="reference")
         if not all(map(torch.equal, found, expected)):
             faults[name] = "the sums are not bitwise equal to the reference's"
     return faults
 
 
-def _contest(name: str, case: Case, rounds: int) -> Contest:
+def contest_of(name: str, case: Case, rounds: int, backend: str | None = None) -> Contest:
+    """Accumulation over the tensors of a case; ``backend`` None takes the best that serves the device."""
     return Contest(
         name=name,
         title=f"Fisher accumulation: {case.title}",
@@ -80,13 +82,13 @@ def _contest(name: str, case: Case, rounds: int) -> Contest:
         make_shapes=case.make_shapes,
         tensors=case.tensors,
         elements=case.parameters,
-        prepare=_prepare,
-        faults=_faults,
+        prepare=functools.partial(_prepare, backend=backend),
+        faults=functools.partial(_faults, backend=backend),
         comparisons=(Comparison("rate_to_add", "rate / torch.add", ADD.name, inverted=True),),
         rounds=rounds,
     )
 
 
-LARGE = _contest("fisher_large_tensor", LARGE_TENSOR, rounds=51)
-BASE = _contest("fisher_bert_base", BERT_BASE, rounds=51)
+LARGE = contest_of("fisher_large_tensor", LARGE_TENSOR, rounds=51)
+BASE = contest_of("fisher_bert_base", BERT_BASE, rounds=51)
 CONTESTS = (LARGE, BASE)

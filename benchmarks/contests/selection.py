@@ -53,11 +53,13 @@ def _mostly_zeros(fisher: Fisher) -> Fisher:
     }
 
 
-def _select(fisher: Fisher, share: float, granularity: int) -> Callable[[], ChildMask]:
+def _select(
+    fisher: Fisher, share: float, granularity: int, backend: str | None = None
+) -> Callable[[], ChildMask]:
     def select() -> ChildMask:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of the zeros in the child
-            return select_child(fisher, reserve_p=share, granularity=granularity)
+            return select_child(fisher, reserve_p=share, granularity=granularity, backend=backend)
 
     return select
 
@@ -74,12 +76,13 @@ def _percentile(fisher: Fisher) -> Callable[[], Fisher]:
     return select
 
 
-def _prepare_all_sizes(shapes: Shapes, device: torch.device) -> Prepared:
+def prepare_all_sizes(shapes: Shapes, device: torch.device, backend: str | None = None) -> Prepared:
+    """A selection by ``select_child`` for each of ``ALL_SIZES``."""
     fisher = random_fisher(shapes, device)
     steps: dict[str, Callable[[], object]] = {
-        name: _select(fisher, *child) for name, child in _CHILDREN.items()
+        name: _select(fisher, *child, backend) for name, child in _CHILDREN.items()
     }
-    return Prepared({**steps, _ZEROS: _select(_mostly_zeros(fisher), _SHARE, 1)})
+    return Prepared({**steps, _ZEROS: _select(_mostly_zeros(fisher), _SHARE, 1, backend)})
 
 
 def _prepare_others(shapes: Shapes, device: torch.device) -> Prepared:
@@ -127,13 +130,18 @@ def _fault_of_child(mask: ChildMask, fisher: Fisher, share: float, granularity: 
     return None if torch.equal(found, expected) else "the child is not the one of a stable sort"
 
 
-def _faults_all_sizes(shapes: Shapes, device: torch.device) -> dict[str, str]:
+def faults_all_sizes(
+    shapes: Shapes, device: torch.device, backend: str | None = None
+) -> dict[str, str]:
+    """Which of ``ALL_SIZES`` select another child than a stable sort."""
     fisher = random_fisher(shapes, device)
     zeros = _mostly_zeros(fisher)
     checks = [(name, fisher, *child) for name, child in _CHILDREN.items()]
     checks.append((_ZEROS, zeros, _SHARE, 1))
     faults = {
-        name: _fault_of_child(_select(values, share, granularity)(), values, share, granularity)
+        name: _fault_of_child(
+            _select(values, share, granularity, backend)(), values, share, granularity
+        )
         for name, values, share, granularity in checks
     }
     return {name: fault for name, fault in faults.items() if fault is not None}
@@ -160,22 +168,23 @@ def _faults_others(shapes: Shapes, device: torch.device) -> dict[str, str]:
     return faults
 
 
+ALL_SIZES = (
+    SELECT,
+    Competitor("select_0.1", "select_child, p = 0.1"),
+    Competitor("select_0.3_runs", "select_child, p = 0.3 in runs of 256"),
+    Competitor(_ZEROS, "select_child, p = 0.3 of 80 % zeros"),
+)
 BERT_LARGE = Contest(
     name="select_bert_large",
     title="Selection over the encoder of BERT-large, 384 tensors of 302 M elements",
     family="selection",
     op="topk_select",
-    competitors=(
-        SELECT,
-        Competitor("select_0.1", "select_child, p = 0.1"),
-        Competitor("select_0.3_runs", "select_child, p = 0.3 in runs of 256"),
-        Competitor(_ZEROS, "select_child, p = 0.3 of 80 % zeros"),
-    ),
+    competitors=ALL_SIZES,
     make_shapes=BertSizes(hidden=1024, layers=24).encoder_shapes,
     tensors=384,
     elements=302_309_376,
-    prepare=_prepare_all_sizes,
-    faults=_faults_all_sizes,
+    prepare=prepare_all_sizes,
+    faults=faults_all_sizes,
     memory=True,
 )
 OTHERS = Contest(

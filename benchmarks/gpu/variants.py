@@ -1,0 +1,164 @@
+"""Who steps on a GPU: torch's optimizers, those of other packages, and childtune_kernels' in all its ways."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from importlib import import_module
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from childtune_kernels import FusedChildAdamW
+
+from ..cases import Case
+from ..variants import (
+    CT_D,
+    CT_D_RUNS,
+    CT_D_SPARSE,
+    CT_D_SPARSEST,
+    CT_F,
+    PLAIN,
+    TORCH_FOREACH,
+    TORCH_FUSED,
+    UNFUSED,
+    Variant,
+)
+from .cases import BERT_LARGE, GROUPS, LLAMA_1B, ROBERTA_LARGE, SMALL_TENSORS
+
+_GRAPH_SUFFIX, _BF16_SUFFIX = "_graph", "_bf16"
+
+
+def in_graph(variant: Variant) -> Variant:
+    """The same with its step captured into a CUDA graph."""
+    return replace(
+        variant,
+        name=variant.name + _GRAPH_SUFFIX,
+        title=f"{variant.title}, CUDA graph",
+        options=(*variant.options, ("capturable", True)),
+        graph=True,
+    )
+
+
+def eager_of(variant: Variant) -> Variant:
+    """The same without a graph, and without the option for one."""
+    options = tuple(option for option in variant.options if option[0] != "capturable")
+    return replace(variant, options=options, graph=False)
+
+
+def in_bf16(variant: Variant, *options: tuple[str, Any], note: str = "") -> Variant:
+    """The same with bf16 weights and gradients."""
+    return replace(
+        variant,
+        name=variant.name + _BF16_SUFFIX,
+        title=f"{variant.title}, bf16{note}",
+        options=(*variant.options, *options),
+        dtype=torch.bfloat16,
+    )
+
+
+def suffix_of(variant: Variant) -> str:
+    """What stands after the names of the variants that this one is compared with."""
+    return _BF16_SUFFIX if variant.dtype == torch.bfloat16 else ""
+
+
+def _with_runs(variant: Variant) -> Variant:
+    return replace(
+        variant, name=f"{variant.name}_runs", title=f"{variant.title} in runs of 256", run=256
+    )
+
+
+def _optimi(parameters: Sequence[Tensor], **options: Any) -> Optimizer:
+    optimizer: Optimizer = import_module("optimi").AdamW(parameters, **options)
+    return optimizer
+
+
+def _flashoptim(parameters: Sequence[Tensor], **options: Any) -> Optimizer:
+    optimizer: Optimizer = import_module("flashoptim").FlashAdamW(parameters, **options)
+    return optimizer
+
+
+def _of_package(package: str, title: str, make: Callable[..., Optimizer]) -> list[Variant]:
+    if find_spec(package) is None:
+        return []
+    return [Variant(package, title, "other", make=make)]
+
+
+#: Packages whose AdamW is measured too where they are installed.
+OTHER_PACKAGES = {
+    "optimi": _of_package("optimi", "optimi AdamW", _optimi),
+    "flashoptim": _of_package("flashoptim", "flashoptim AdamW, 8-bit moments", _flashoptim),
+}
+_OTHERS = [variant for found in OTHER_PACKAGES.values() for variant in found]
+
+CT_D_OF_RUNS = (_with_runs(CT_D), CT_D_RUNS, _with_runs(CT_D_SPARSEST))
+_CT_D = (CT_D, CT_D_SPARSE, CT_D_SPARSEST, *CT_D_OF_RUNS)
+
+TORCH_GRAPH = in_graph(TORCH_FUSED)
+#: Whether this version of the optimizer can be captured.
+CAPTURES = "capturable" in inspect.signature(FusedChildAdamW).parameters
+_GRAPHS = [in_graph(PLAIN), in_graph(CT_F)] if CAPTURES else []
+
+# Weights alone in 16 bits, beside fp32 moments; torch's own moments are bf16 too, half the bytes.
+_ALONE = ("master_weight", "none")
+PLAIN_BF16 = in_bf16(PLAIN, _ALONE)
+PLAIN_BF16_MASTER = replace(
+    in_bf16(PLAIN, note=" with fp32 master weights"), name=f"plain_master{_BF16_SUFFIX}"
+)
+_BF16 = (
+    in_bf16(TORCH_FUSED, note=" moments too"),
+    PLAIN_BF16,
+    PLAIN_BF16_MASTER,
+    *(in_bf16(variant, _ALONE) for variant in (CT_F, CT_D_SPARSE, CT_D_RUNS)),
+)
+
+_EVERYBODY = (
+    TORCH_FUSED,
+    TORCH_FOREACH,
+    TORCH_GRAPH,
+    *_OTHERS,
+    UNFUSED,
+    PLAIN,
+    CT_F,
+    *_GRAPHS,
+    *_CT_D,
+    *_BF16,
+)
+_OF_CASE: dict[str, Sequence[Variant]] = {
+    BERT_LARGE.name: _EVERYBODY,
+    LLAMA_1B.name: _EVERYBODY,
+    # foreach's temporaries are as large as the model.
+    "llama_8b_layers": (TORCH_FUSED, UNFUSED, PLAIN, CT_F, *_CT_D, *_BF16),
+    SMALL_TENSORS.name: (
+        *(TORCH_FUSED, TORCH_FOREACH, TORCH_GRAPH, *_OTHERS, UNFUSED),
+        *(PLAIN, CT_F, *_GRAPHS, CT_D_SPARSE),
+    ),
+    GROUPS.name: tuple(
+        each
+        for variant in (TORCH_FUSED, PLAIN, CT_F)
+        for each in (variant, variant.with_group_each())
+    ),
+    ROBERTA_LARGE.name: (TORCH_FUSED, PLAIN, CT_F, CT_D_SPARSE),
+}
+# Interpreted, a step takes a tenth of a second.
+_TINY: dict[str, Sequence[str]] = {
+    BERT_LARGE.name: (
+        *("torch_fused", "torch_fused_graph", "unfused", "plain", "ct_f_0.3", "plain_graph"),
+        *("ct_d_0.1_runs", "torch_fused_bf16", "plain_bf16"),
+    ),
+    LLAMA_1B.name: ("torch_fused", "plain"),
+    GROUPS.name: ("torch_fused", "plain", "plain_groups"),
+}
+
+
+def variants_of(case: Case, tiny: bool) -> list[Variant]:
+    """The variants that are measured on a case."""
+    found = _OF_CASE[case.name]
+    if not tiny:
+        return list(found)
+    few = _TINY.get(case.name, ("torch_fused",))
+    return [variant for variant in found if variant.name in few]
