@@ -54,7 +54,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
             columns = [column for column in everything if column.backend == chosen]
         if metafunc.definition.get_closest_marker("threads"):
             columns = [column for column in columns if column != TRITON]
-        if metafunc.definition.get_closest_marker("graphs"):
+        if metafunc.definition.get_closest_marker("launches"):
             columns = [column for column in columns if column == TRITON]
         ops = ops_of(metafunc.module)
         columns = [column for column in columns if column.has_kernels_of(ops)]

@@ -65,6 +65,7 @@ RUNS = [
     ),
     Run("child_adamw", "test_child_adamw_capture", _ALL_OF_STEP[:4]),
     Run("child_adamw", "test_child_adamw_large", _ALL_OF_STEP[:4]),
+    Run("child_adamw", "test_child_adamw_launches", _ALL_OF_STEP[:4]),
     Run(
         "topk_select", "test_topk_select",
         ("_digit_histogram_kernel", "_bracket_histogram_kernel", "_select_words_kernel",

@@ -22,7 +22,7 @@ from ..columns import device_of
 
 DEVICE = device_of("triton")
 
-pytestmark = [pytest.mark.graphs, pytest.mark.usefixtures("one_thread")]
+pytestmark = [pytest.mark.launches, pytest.mark.usefixtures("one_thread")]
 
 SIZES = {"words": (67, 130), "runs": (5000,), "plain": (31, 33), "small": (3,), "empty": (0,)}
 STEPS = 3

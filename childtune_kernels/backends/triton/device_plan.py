@@ -192,9 +192,10 @@ class DevicePlan:
             for combination in _combinations_of(numbers, group):
                 members.setdefault(combination, []).append(index)
         self._held = []
-        self.launches = [
+        launches = (
             self._launch_of(combination, indexes, rows) for combination, indexes in members.items()
-        ]
+        )
+        self.launches = [each for each in launches if each.chunks.shape[0]]
 
     def _launch_of(
         self, combination: Combination, indexes: Sequence[int], rows: Sequence[Any]
