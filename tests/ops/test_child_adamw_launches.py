@@ -44,7 +44,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 
 def named_parameters(prefix: str, dtype: torch.dtype = torch.float32) -> list[tuple[str, Tensor]]:
     """Parameters of several shapes and memory formats, with gradients."""
-    members = []
+    members: list[tuple[str, Tensor]] = []
     for name, sizes in SIZES.items():
         parameter = torch.nn.Parameter(torch.ones(sizes, dtype=dtype, device=DEVICE))
         if name == "image":
@@ -62,7 +62,7 @@ def stepped(optimizer: FusedChildAdamW, watched: Counter[str]) -> dict[str, int]
 
 def test_a_launch_serves_all_groups(column: str, watched: Counter[str]) -> None:
     """Whatever their options, as long as types and mask kind agree."""
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": named_parameters("first")},
         {"params": named_parameters("second"), "lr": 0.1, "convention": "original"},
         {"params": named_parameters("third"), "weight_decay": 0.0, "maximize": True},
@@ -79,7 +79,7 @@ def test_a_launch_a_combination(column: str, watched: Counter[str]) -> None:
     drawn = {name: torch.rand(p.shape, device=DEVICE) < 0.5 for name, p in body}
     drawn["body.image"] = torch.zeros(SIZES["image"], dtype=torch.bool, device=DEVICE)
     drawn["body.vector"] = torch.arange(129, device=DEVICE) < 64
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": named_parameters("plain")},
         {"params": named_parameters("drawn"), "reserve_p": 0.3},
         {"params": named_parameters("half", torch.bfloat16)},
