@@ -175,7 +175,7 @@ def test_one_wheel_serves_every_python(tree: Path) -> None:
 
 
 UNSTABLE = re.compile(r"_Z\w*?N[VK]*(2at|3c10|5torch)\d")
-# What csrc/observe.cpp calls of CPython: all of it is in the stable ABI of 3.10 (its documentation, "C API Stability").
+# What csrc/observe.cpp calls of CPython; all of it is in the stable ABI of 3.10.
 STABLE_OF_PYTHON = """
 PyBytes_AsString PyBytes_FromStringAndSize PyBytes_Size PyCFunction_GetFlags PyCFunction_GetFunction
 PyCapsule_GetPointer PyCapsule_New PyDict_GetItemWithError PyDict_Next PyDict_Size PyErr_Clear PyErr_Occurred
