@@ -71,14 +71,15 @@ def _is_given(fixture: str, metafunc: pytest.Metafunc) -> bool:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("column") is None:
-        return
+    of_a_column = config.getoption("column") is not None
     chosen: list[pytest.Item] = []
     others: list[pytest.Item] = []
     for item in items:
         given: dict[str, Any] = getattr(getattr(item, "callspec", None), "params", {})
-        of_column = any(isinstance(given.get(fixture), Column) for fixture in FIXTURES)
-        (chosen if of_column else others).append(item)
+        has_column = any(isinstance(given.get(fixture), Column) for fixture in FIXTURES)
+        # Where no column can run it, pytest would show such a test as skipped.
+        needs_column = of_a_column or item.get_closest_marker("launches") is not None
+        (chosen if has_column or not needs_column else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
 
