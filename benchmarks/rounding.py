@@ -16,7 +16,8 @@ _AMD_FUSED = re.compile(
     re.M,
 )
 # x·1 + z and x·y − 0 round once, like an addition and a product: so 16-bit operands are widened on the way.
-_ALONE = re.compile(r", -?1\.0,|, neg\(0\)")
+# Products with ±2**32 stand in the division of 64-bit integers, which goes by floats.
+_ALONE = re.compile(r", -?1\.0,|, neg\(0\)|, 0x[4c]f800000")
 
 
 class Expansions(NamedTuple):

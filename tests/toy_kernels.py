@@ -19,6 +19,9 @@ class ToyVariant(NamedTuple):
     num_warps: int = 4
     elementwise: bool = True
     tile: int = 1024
+    registers: int | None = None
+    full: int | None = None
+    lanes: int | None = None
 
 
 @triton.jit

@@ -138,4 +138,6 @@ def variants(generation: str) -> Iterator[launch.Variant]:
             elementwise=each.layout != "words",
             tile=cut.tile,
             registers=launch.HALF_OCCUPANCY,
+            full=None if each.layout in ("indices", "outside") else cut.full,
+            lanes=cut.tile if each.layout == "outside" else cut.lanes,
         )
