@@ -80,7 +80,11 @@ def _append_sass(blocks: list[Block], instruction: Instruction) -> None:
     target = _SASS_TARGET.search(", ".join(instruction.operands))
     if instruction.root in ("BRX", "JMX", "JMP"):
         raise ValueError(f"cannot follow {instruction.opcode} {instruction.operands}")
-    if instruction.root == "BRA" and target is not None:
+    within = target is not None and target["label"].startswith(".L")
+    # For sm_80 some jumps within a kernel are calls that never return.
+    if target is not None and (
+        instruction.root == "BRA" or (instruction.root == "CALL" and within)
+    ):
         conditional = instruction.guarded or len(instruction.operands) > 1
         _close(blocks, [target["label"]], falls_through=conditional)
     elif instruction.root == "EXIT":

@@ -28,21 +28,22 @@ class Path:
 def full_chunk_path(blocks: list[Block]) -> Path:
     """The way from the entry to the exit that a full chunk takes.
 
-    It is the one that stores most in accesses of 64 bits and more, of those the one that stores least in
-    narrower ones (AMD's blocks for full and partial chunks stand one behind the other, each with a jump over
-    it), and of those the shortest. Where nothing is stored in wide accesses it is the longest of all. Calls of
-    subroutines (the slow paths of a division or a square root) are stepped around where that stores as much.
+    It is the one that stores most in accesses of 128 bits (where there are none: of 64), and of those the shortest:
+    AMD's blocks for full and partial chunks stand one behind the other, each with a jump over it. Where nothing is
+    stored in wide accesses it is the longest of all. Calls of subroutines (the slow paths of a division or a square
+    root) are stepped around where that stores as much.
 
     Raises:
         ValueError: no way leads from the entry to the exit.
     """
-    stored = {block.label: _stored_bits(block) for block in blocks}
-    any_wide = any(wide for wide, _ in stored.values())
+    wide = next(
+        (least for least in (128, 64) if any(_stored_bits(block, least) for block in blocks)), None
+    )
 
-    def worth(block: Block) -> tuple[int, int, int]:
-        wide, narrow = stored[block.label]
-        length = len(block.instructions)
-        return wide, -narrow * any_wide, -length if any_wide else length
+    def worth(block: Block) -> tuple[int, int]:
+        if wide is None:
+            return 0, len(block.instructions)
+        return _stored_bits(block, wide), -len(block.instructions)
 
     around, way = (_best_way(blocks, barred, worth) for barred in (_calls(blocks), set[str]()))
     if way is None:
@@ -62,12 +63,15 @@ def scattered_path(blocks: list[Block]) -> Path | None:
     barred = {
         block.label
         for block in blocks
-        if any((found := access_of(i)) and found.store and found.bits >= 128 for i in block.instructions)
+        if any(
+            (found := access_of(i)) and found.store and found.bits >= 128
+            for i in block.instructions
+        )
     }
 
-    def worth(block: Block) -> tuple[int, int, int]:
+    def worth(block: Block) -> tuple[int, int]:
         accesses = [access_of(item) for item in block.instructions]
-        return sum(found.bits for found in accesses if found), 0, -len(block.instructions)
+        return sum(found.bits for found in accesses if found), -len(block.instructions)
 
     way = _best_way(blocks, barred, worth)
     path = _path(blocks, way, barred, worth) if way else None
@@ -86,59 +90,63 @@ def _calls(blocks: list[Block]) -> set[str]:
 
 
 def _path(
-    blocks: list[Block], way: _Way, barred: set[str], worth: Callable[[Block], tuple[int, int, int]]
+    blocks: list[Block], way: _Way, barred: set[str], worth: Callable[[Block], tuple[int, int]]
 ) -> Path:
     named = {block.label: block for block in blocks}
 
     def along(labels: Iterable[str]) -> tuple[Instruction, ...]:
         return tuple(item for label in labels for item in named[label].instructions)
 
-    turn: tuple[str, ...] = ()
-    for tail, head in way.loops:
-        round_ = _best_way(blocks, barred, worth, head, tail)
-        if round_ and len(along(round_.labels)) > len(along(turn)):
-            turn = round_.labels
-    before = way.labels[: way.labels.index(turn[0])] if turn else way.labels
-    behind = [label for label in way.labels[len(before) :] if label not in turn]
-    accesses = tuple(lane_accesses(along([*before, *turn, *behind])))
-    begun, ended = (len(tuple(lane_accesses(along(s)))) for s in (before, [*before, *turn]))
+    rounds = [_best_way(blocks, barred, worth, head, tail) for tail, head in way.loops]
+    turn = max(
+        (round_ for round_ in rounds if round_), key=lambda round_: round_.worth, default=None
+    )
+    turn_labels = turn.labels if turn else ()
+    before = way.labels[: way.labels.index(turn_labels[0])] if turn else way.labels
+    behind = [label for label in way.labels[len(before) :] if label not in turn_labels]
+    accesses = tuple(lane_accesses(along([*before, *turn_labels, *behind])))
+    begun, ended = (len(tuple(lane_accesses(along(s)))) for s in (before, [*before, *turn_labels]))
     called = sorted({block.called for block in blocks if block.called})
     return Path(
-        _without_padding(along([*before, *turn, *behind])),
+        _without_padding(along([*before, *turn_labels, *behind])),
         accesses,
         tuple(called),
-        _without_padding(along(turn)),
+        _without_padding(along(turn_labels)),
         accesses[begun:ended],
-        frozenset([*before, *turn, *behind]),
+        frozenset([*before, *turn_labels, *behind]),
     )
 
 
 def calls_on(path: Path) -> list[str]:
     """The subroutine calls that no way around avoids."""
-    return [item.opcode for item in path.instructions if item.root == "CALL"]
+    return [
+        item.opcode
+        for item in path.instructions
+        if item.root == "CALL" and "`(.L" not in item.operands[0]
+    ]
 
 
 class _Way(NamedTuple):
     labels: tuple[str, ...]
-    worth: tuple[int, int, int]
+    worth: tuple[int, int]
     loops: list[tuple[str, str]]  # last and first block of every loop that it enters
 
 
 def _best_way(
     blocks: list[Block],
     barred: set[str],
-    worth: Callable[[Block], tuple[int, int, int]],
+    worth: Callable[[Block], tuple[int, int]],
     entry: str = "entry",
     last: str | None = None,
 ) -> _Way | None:
     """The way of most worth from the entry to an exit, or to the last block."""
     named = {block.label: block for block in blocks}
     order, backward = _depth_first(named, entry, barred)
-    best: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {}
+    best: dict[str, tuple[tuple[int, int], tuple[str, ...]]] = {}
     for label in order:  # followers come before the blocks that lead to them
         block = named[label]
-        ends: list[tuple[tuple[int, int, int], tuple[str, ...]]] = []
-        ends += [((0, 0, 0), ())] if (block.leaves if last is None else label == last) else []
+        ends: list[tuple[tuple[int, int], tuple[str, ...]]] = []
+        ends += [((0, 0), ())] if (block.leaves if last is None else label == last) else []
         ends += [
             best[follower]
             for follower in block.followers
@@ -146,8 +154,8 @@ def _best_way(
         ]
         if ends:
             so_far, way = max(ends, key=lambda end: end[0])
-            first, second, third = (own + other for own, other in zip(worth(block), so_far))
-            best[label] = ((first, second, third), (label, *way))
+            first, second = worth(block)
+            best[label] = ((first + so_far[0], second + so_far[1]), (label, *way))
     if entry not in best:
         return None
     value, labels = best[entry]
@@ -179,11 +187,10 @@ def _depth_first(
     return order, backward
 
 
-def _stored_bits(block: Block) -> tuple[int, int]:
-    """Bits stored without a guard, in accesses of 64 bits and more, and in narrower ones."""
+def _stored_bits(block: Block, least: int) -> int:
+    """Bits stored without a guard in accesses of ``least`` bits and more."""
     accesses = [access_of(item) for item in block.instructions if not item.guarded]
-    bits = [found.bits for found in accesses if found and found.store]
-    return sum(b for b in bits if b >= 64), sum(b for b in bits if b < 64)
+    return sum(found.bits for found in accesses if found and found.store and found.bits >= least)
 
 
 def _without_padding(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]:

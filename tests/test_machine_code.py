@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import assembly, gpu_limits, machine_code, moved_bytes, rounding
+from benchmarks import assembly, code_paths, gpu_limits, machine_code, moved_bytes, rounding
 from benchmarks.machine_code import MachineCode, Task
 
 TOYS = "tests.toy_kernels"
@@ -151,14 +151,14 @@ def test_a_path_steps_around_calls_and_follows_the_widest_stores() -> None:
 $slow:
         /*0090*/                   RET.REL.NODEC R2 `(toy) ;
 """
-    path = assembly.full_chunk_path(assembly.read_sass(text, "toy"))
+    path = code_paths.full_chunk_path(assembly.read_sass(text, "toy"))
     assert [item.opcode for item in path.instructions] == [
         *("S2R", "BRA", "BRA", "STG.E.128", "MOV", "STG.E.128", "EXIT")
     ]
     assert path.accesses == (assembly.Access(True, 128, False),), "R0 is then overwritten"
     assert path.slow_paths == ("$slow",)
     inevitable = text.replace("@P1 BRA `(.L_x_1)", "NOP")
-    assert assembly.calls_on(assembly.full_chunk_path(assembly.read_sass(inevitable, "toy")))
+    assert code_paths.calls_on(code_paths.full_chunk_path(assembly.read_sass(inevitable, "toy")))
 
 
 def test_code_that_cannot_be_followed_is_an_error() -> None:
@@ -167,7 +167,7 @@ def test_code_that_cannot_be_followed_is_an_error() -> None:
     with pytest.raises(ValueError, match="no machine code of kernel 'other'"):
         assembly.read_sass(".text.toy:\n        /*0000*/   EXIT ;\n", "other")
     with pytest.raises(ValueError, match="no way leads"):
-        assembly.full_chunk_path(assembly.read_sass(".text.toy:\n  /*0000*/   RET ;\n", "toy"))
+        code_paths.full_chunk_path(assembly.read_sass(".text.toy:\n  /*0000*/   RET ;\n", "toy"))
 
 
 def test_the_largest_unmasked_branch_is_what_a_full_chunk_moves() -> None:

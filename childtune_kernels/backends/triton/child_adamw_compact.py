@@ -95,9 +95,7 @@ def _step_of_lanes(
 
 
 @triton.jit
-def _neighbours(
-    local, rank, weight, grad, exp_avg, exp_avg_sq, master, row, MASTER: tl.constexpr
-):
+def _neighbours(local, rank, weight, grad, exp_avg, exp_avg_sq, master, row, MASTER: tl.constexpr):
     """Whether child elements that follow each other can be stepped by whole tiles from here on."""
     odd = misaligned(weight + local) | misaligned(grad + local) | misaligned(exp_avg + rank)
     odd |= misaligned(exp_avg_sq + rank)
@@ -154,12 +152,13 @@ def child_adamw_segments_kernel(
             for at in range(0, lanes, LANES):
                 lane = at + tl.arange(0, LANES)
                 exists = lane < lanes
-                if RUNS:  # loaded again, which takes no registers meanwhile
-                    weight = plan.address(row, plan.WEIGHT, WEIGHT)
-                    grad = plan.address(row, plan.GRAD, GRAD)
                 local = _local_of_ranks(start, lane, exists, row, first, count, RUNS)
+                # Addresses are loaded again in every turn: meanwhile they take no registers.
                 _step_of_lanes(
-                    local, lane, exists, weight, grad, exp_avg + start, exp_avg_sq + start, master + start,
+                    local, lane, exists, plan.address(row, plan.WEIGHT, WEIGHT),
+                    plan.address(row, plan.GRAD, GRAD), plan.address(row, plan.EXP_AVG, MOMENT) + start,
+                    plan.address(row, plan.EXP_AVG_SQ, MOMENT) + start,
+                    plan.address(row, plan.MASTER_WEIGHT, MOMENT) + start,
                     row, draws, scalars, MASTER, BERNOULLI,
                 )  # fmt: skip
 
@@ -178,17 +177,16 @@ def child_adamw_words_kernel(
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
     MOMENT: tl.constexpr = all_scalars.dtype.element_ty
-    active = tl.load(row + plan.ACTIVE)
-    start = unit * TILE
-    left = tl.minimum(tl.load(row + plan.NUMEL) - start, TILE).to(tl.int32)
-    weight = plan.address(row, plan.WEIGHT, WEIGHT)
-    grad = plan.address(row, plan.GRAD, GRAD)
-    exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
-    exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
-    master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
-    words = plan.address(row, plan.MASK_WORDS, tl.uint32) + start // 32
-    ranks = plan.address(row, plan.CHILD_RANKS, tl.int64) + unit
-    if active != 0:
+    if tl.load(row + plan.ACTIVE) != 0:
+        start = unit * TILE
+        left = tl.minimum(tl.load(row + plan.NUMEL) - start, TILE).to(tl.int32)
+        weight = plan.address(row, plan.WEIGHT, WEIGHT)
+        grad = plan.address(row, plan.GRAD, GRAD)
+        exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
+        exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
+        master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
+        words = plan.address(row, plan.MASK_WORDS, tl.uint32) + start // 32
+        ranks = plan.address(row, plan.CHILD_RANKS, tl.int64) + unit
         rank0 = tl.load(ranks)
         whole = (tl.load(ranks + 1) - rank0 == TILE) & _neighbours(
             start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row, MASTER
@@ -204,11 +202,12 @@ def child_adamw_words_kernel(
         else:
             bit = tl.arange(0, 32)[None, :]
             below = (tl.full((1, 32), 1, tl.uint32) << bit) - 1
+            taken = 0
             for at in range(0, left, LANES):
                 place = at // 32 + tl.arange(0, LANES // 32)
                 word = tl.load(words + place, place * 32 < left, 0)
                 counts = set_bits(word)
-                before_word = tl.cumsum(counts, 0) - counts
+                before_word = taken + tl.cumsum(counts, 0) - counts
                 rank = before_word[:, None] + set_bits(word[:, None] & below)
                 exists = ((word[:, None] >> bit) & 1) != 0
                 local = start + (place[:, None] * 32 + bit)
@@ -216,13 +215,18 @@ def child_adamw_words_kernel(
                     local, rank, exists, weight, grad, exp_avg + rank0, exp_avg_sq + rank0,
                     master + rank0, row, draws, scalars, MASTER, BERNOULLI,
                 )  # fmt: skip
-                rank0 += tl.sum(counts, 0)
+                # Two ways to count on: with each, the other type's registers are spilled on sm_90.
+                if MOMENT == tl.float64:
+                    taken = tl.max(before_word + counts, 0)
+                else:
+                    rank0 += tl.max(before_word + counts, 0)
 
 
 @triton.jit
 def decay_outside_kernel(
-    rows, chunks, all_words, all_scalars, WEIGHT: tl.constexpr, TILE: tl.constexpr
-):
+    rows, chunks, all_words, all_scalars,
+    WEIGHT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Eq. 9 for the weights outside the child, of a row without masters; ``all_words``: addresses by row."""
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
     index = tl.load(chunk).to(tl.int64)
@@ -230,13 +234,16 @@ def decay_outside_kernel(
     row = rows + index * plan.ROW
     decay = tl.load(all_scalars + index * step_scalars.WIDTH + step_scalars.OUTSIDE_DECAY)
     if (tl.load(row + plan.ACTIVE) != 0) & (decay != 0):
-        local = start + tl.arange(0, TILE)
-        numel = tl.load(row + plan.NUMEL)
         words = tl.load(all_words + index).to(tl.pointer_type(tl.int32))
-        outside = (local < numel) & (child_bits(words, tl.minimum(local, numel - 1)) == 0)
-        place = local
-        if tl.load(row + plan.STORAGE_CONTIGUOUS) == 0:
-            place = mapped_index(local, row + plan.STORAGE_MAP)
-        weight = plan.address(row, plan.WEIGHT, WEIGHT) + place
-        old = widened(tl.load(weight, outside), all_scalars.dtype.element_ty)
-        tl.store(weight, narrowed(decayed(old, decay), WEIGHT), outside)
+        weight = plan.address(row, plan.WEIGHT, WEIGHT)
+        left = tl.minimum(tl.load(row + plan.NUMEL) - start, TILE).to(tl.int32)
+        for at in range(0, left, LANES):
+            lane = at + tl.arange(0, LANES)
+            local = start + lane
+            inside = lane < left
+            outside = inside & (child_bits(words, tl.where(inside, local, start)) == 0)
+            place = local
+            if tl.load(row + plan.STORAGE_CONTIGUOUS) == 0:
+                place = mapped_index(local, row + plan.STORAGE_MAP)
+            old = widened(tl.load(weight + place, outside), all_scalars.dtype.element_ty)
+            tl.store(weight + place, narrowed(decayed(old, decay), WEIGHT), outside)
