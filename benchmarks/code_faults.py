@@ -16,7 +16,10 @@ class Most(NamedTuple):
     scattered: float | None = None
 
 
-def faults_of(code: MachineCode, most: Most = Most()) -> list[str]:
+NO_BOUNDS = Most()
+
+
+def faults_of(code: MachineCode, most: Most = NO_BOUNDS) -> list[str]:
     """What is wrong with a variant's machine code, a sentence each."""
     faults = list(code.rounding_faults)
     if code.local_bytes:

@@ -28,10 +28,10 @@ class Path:
 def full_chunk_path(blocks: list[Block]) -> Path:
     """The way from the entry to the exit that a full chunk takes.
 
-    It is the one that stores most in accesses of 128 bits (where there are none: of 64), and of those the shortest:
-    AMD's blocks for full and partial chunks stand one behind the other, each with a jump over it. Where nothing is
-    stored in wide accesses it is the longest of all. Calls of subroutines (the slow paths of a division or a square
-    root) are stepped around where that stores as much.
+    It is the one that stores most in accesses of 128 bits (where there are none: of 64), and of those the
+    shortest: AMD's blocks for full and partial chunks stand one behind the other, each with a jump over it.
+    Where nothing is stored in wide accesses it is the longest of all. Calls of subroutines (the slow paths of
+    a division or a square root) are stepped around where that stores as much.
 
     Raises:
         ValueError: no way leads from the entry to the exit.
@@ -56,9 +56,9 @@ def full_chunk_path(blocks: list[Block]) -> Path:
 def scattered_path(blocks: list[Block]) -> Path | None:
     """The way of elements that are stepped one a thread and access, wherever they lie; None: there is none.
 
-    It is one that moves most without any store of 128 bits; of its blocks, calls first, those are left out that
-    move nothing at addresses that differ from lane to lane and can be gone around. So it is the way of a
-    contiguous tensor, without index maps.
+    It is one that moves most without any store of 128 bits; of its blocks, calls first, those are left out
+    that move nothing at addresses that differ from lane to lane and can be gone around. So it is the way of
+    a contiguous tensor, without index maps.
     """
     barred = {
         block.label

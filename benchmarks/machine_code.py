@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
@@ -189,19 +189,19 @@ def _course(
     threads: int,
     generation: gpu_limits.Generation,
 ) -> Course:
-    """Costs of an element on a path whose loop, if it has one, takes ``a_turn`` elements of the tile a turn."""
+    """Costs of an element on a path whose loop, if it has one, takes ``a_turn`` of the tile's elements."""
     in_all = tile / threads
     elements = a_turn / threads if path.turn and a_turn else in_all
     turns = in_all / elements
 
-    def share(count: Callable[[Iterable[assembly.Instruction]], int]) -> float:
-        return (count(path.instructions) + (turns - 1) * count(path.turn)) / in_all
+    def share(in_path: int, in_turn: int) -> float:
+        return (in_path + (turns - 1) * in_turn) / in_all
 
-    pipes = generation.pipes_of(path.instructions)
+    in_path, in_turn = (generation.pipes_of(part) for part in (path.instructions, path.turn))
     return Course(
         elements,
-        share(generation.counted),
-        {pipe: share(lambda found, p=pipe: generation.pipes_of(found).get(p, 0)) for pipe in pipes},  # type: ignore[misc]
+        share(generation.counted(path.instructions), generation.counted(path.turn)),
+        {pipe: share(count, in_turn.get(pipe, 0)) for pipe, count in in_path.items()},
         path.turn_accesses if path.turn else path.accesses,
         bool(path.turn),
         tuple(code_paths.calls_on(path)),
@@ -300,7 +300,8 @@ def read_all(todo: Sequence[Task], workers: int = WORKERS) -> dict[Task, Machine
 
 def table(codes: Iterable[MachineCode]) -> str:
     """Markdown: a row a variant, target and way, with the expected limit on each GPU for full chunks."""
-    head = "| kernel | target | way | bytes / element | instructions / element | registers | occupancy | limit |"
+    head = "| kernel | target | way | bytes / element | instructions / element | registers | occupancy |"
+    head += " limit |"
     rows = [head, "|---|---|---|--:|--:|--:|--:|---|"]
     for code in codes:
         for way, course in (("full chunk", code.chunk), ("one by one", code.scattered)):

@@ -30,7 +30,7 @@ def set_bits(word):
 
 @triton.jit
 def _segment_of(rank, ranks, count, STRIDE: tl.constexpr):
-    """Which of ``count`` segments (int32) holds each rank, and the segment's first rank; ``ranks`` has those."""
+    """Which of ``count`` segments (int32) holds each rank, and its first rank; ``ranks`` has those."""
     segment = tl.zeros_like(rank).to(tl.int32)
     while count > 1:
         half = count // 2
@@ -42,7 +42,7 @@ def _segment_of(rank, ranks, count, STRIDE: tl.constexpr):
 
 @triton.jit
 def _local_of_ranks(start, lane, exists, row, first, count, RUNS: tl.constexpr):
-    """Local indexes (int64) of child elements of ranks start + lane, in ``count`` segments from ``first`` on."""
+    """Local indexes (int64) of child elements start + lane, in ``count`` segments from ``first`` on."""
     rank = start + lane
     if RUNS:
         runs = plan.address(row, plan.CHILD_PLACES, tl.int64) + 2 * first
@@ -216,7 +216,7 @@ def child_adamw_words_kernel(
                     master + rank0, row, draws, scalars, MASTER, BERNOULLI,
                 )  # fmt: skip
                 # Two ways to count on: with each, the other type's registers are spilled on sm_90.
-                if MOMENT == tl.float64:
+                if tl.float64 == MOMENT:
                     taken = tl.max(before_word + counts, 0)
                 else:
                     rank0 += tl.max(before_word + counts, 0)
