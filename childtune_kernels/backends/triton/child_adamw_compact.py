@@ -189,7 +189,7 @@ def child_adamw_words_kernel(
         ranks = plan.address(row, plan.CHILD_RANKS, tl.int64) + unit
         rank0 = tl.load(ranks)
         whole = (tl.load(ranks + 1) - rank0 == TILE) & _neighbours(
-            start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row, MASTER
+            start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row, True
         )
         if whole:
             key, first = tl.load(row + plan.PHILOX_KEY), tl.load(row + plan.ELEMENT_MAP) + start
@@ -202,12 +202,11 @@ def child_adamw_words_kernel(
         else:
             bit = tl.arange(0, 32)[None, :]
             below = (tl.full((1, 32), 1, tl.uint32) << bit) - 1
-            taken = 0
             for at in range(0, left, LANES):
                 place = at // 32 + tl.arange(0, LANES // 32)
                 word = tl.load(words + place, place * 32 < left, 0)
                 counts = set_bits(word)
-                before_word = taken + tl.cumsum(counts, 0) - counts
+                before_word = tl.cumsum(counts, 0) - counts
                 rank = before_word[:, None] + set_bits(word[:, None] & below)
                 exists = ((word[:, None] >> bit) & 1) != 0
                 local = start + (place[:, None] * 32 + bit)
@@ -215,11 +214,7 @@ def child_adamw_words_kernel(
                     local, rank, exists, weight, grad, exp_avg + rank0, exp_avg_sq + rank0,
                     master + rank0, row, draws, scalars, MASTER, BERNOULLI,
                 )  # fmt: skip
-                # Two ways to count on: with each, the other type's registers are spilled on sm_90.
-                if tl.float64 == MOMENT:
-                    taken = tl.max(before_word + counts, 0)
-                else:
-                    rank0 += tl.max(before_word + counts, 0)
+                rank0 += tl.sum(counts, 0)
 
 
 @triton.jit

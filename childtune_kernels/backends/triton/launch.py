@@ -70,7 +70,7 @@ _DEFAULTS = {
     "child_adamw": Config(1024, 8),
     "child_adamw_compact": Config(1024, 8),
     "fisher_accumulate": Config(1024, 8),
-    "keep_words": Config(1024, 8),
+    "keep_words": Config(512, 8),
     "bitmask": Config(4096, 8),
     "topk_select": Config(4096, 8),
 }
