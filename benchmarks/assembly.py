@@ -1,4 +1,4 @@
-"""Reading machine code (SASS and amdgcn): blocks, the path a full chunk takes, and what it moves."""
+"""Reading machine code (SASS and amdgcn): its blocks, and what its instructions move."""
 
 from __future__ import annotations
 
@@ -54,16 +54,6 @@ class Access(NamedTuple):
     guarded: bool
 
 
-@dataclass(frozen=True)
-class Path:
-    """What a full chunk executes, in order; the subroutines stepped over; whether a loop is on the way."""
-
-    instructions: tuple[Instruction, ...]
-    accesses: tuple[Access, ...]
-    slow_paths: tuple[str, ...]
-    loops: bool
-
-
 def read_sass(text: str, kernel: str) -> list[Block]:
     """Blocks of a kernel in ``nvdisasm -c``'s output, the entry first; called subroutines stand at the end.
 
@@ -90,7 +80,11 @@ def _append_sass(blocks: list[Block], instruction: Instruction) -> None:
     target = _SASS_TARGET.search(", ".join(instruction.operands))
     if instruction.root in ("BRX", "JMX", "JMP"):
         raise ValueError(f"cannot follow {instruction.opcode} {instruction.operands}")
-    if instruction.root == "BRA" and target is not None:
+    within = target is not None and target["label"].startswith(".L")
+    # For sm_80 some jumps within a kernel are calls that never return.
+    if target is not None and (
+        instruction.root == "BRA" or (instruction.root == "CALL" and within)
+    ):
         conditional = instruction.guarded or len(instruction.operands) > 1
         _close(blocks, [target["label"]], falls_through=conditional)
     elif instruction.root == "EXIT":
@@ -155,104 +149,11 @@ def _close(blocks: list[Block], targets: list[str], *, falls_through: bool) -> N
     blocks.append(Block(following))
 
 
-def full_chunk_path(blocks: list[Block]) -> Path:
-    """The way from the entry to the exit that a full chunk takes.
-
-    It is the one that stores most in accesses of 64 bits and more, of those the one that stores least in
-    narrower ones (AMD's blocks for full and partial chunks stand one behind the other, each with a jump over
-    it), and of those the longest. Where nothing is stored in wide accesses it is the longest of all. Calls of
-    subroutines (the slow paths of a division or a square root) are stepped around where that stores as much.
-    Of a loop one turn counts, and it is said that there is one. So the number of instructions is an upper
-    bound for a full chunk of a kernel without loops, whichever options its rows choose.
-
-    Raises:
-        ValueError: no way leads from the entry to the exit.
-    """
-    named = {block.label: block for block in blocks}
-    calls = {block.label for block in blocks if block.called}
-    around, through = (_best_way(named, blocks[0].label, barred) for barred in (calls, set[str]()))
-    if through is None:
-        raise ValueError("no way leads from the kernel's entry to its exit")
-    way, loops, _ = around if around and around[2] == through[2] else through
-    instructions = tuple(item for label in way for item in named[label].instructions)
-    called = sorted({block.called for block in blocks if block.called})
-    accesses = tuple(_lane_accesses(instructions))
-    return Path(_without_padding(instructions), accesses, tuple(called), loops)
-
-
-def calls_on(path: Path) -> list[str]:
-    """The subroutine calls that no way around avoids."""
-    return [item.opcode for item in path.instructions if item.root == "CALL"]
-
-
-def _best_way(
-    named: dict[str, Block], entry: str, barred: set[str]
-) -> tuple[tuple[str, ...], bool, int] | None:
-    """The way, whether it is on a loop, and the bits that it stores in wide accesses."""
-    order, backward = _depth_first(named, entry, barred)
-    stored = {label: _stored_bits(block) for label, block in named.items()}
-    any_wide = any(wide for wide, _ in stored.values())
-    best: dict[str, tuple[tuple[int, int, int], tuple[str, ...]]] = {}
-    for label in order:  # followers come before the blocks that lead to them
-        block = named[label]
-        wide, narrow = stored[label]
-        ends: list[tuple[tuple[int, int, int], tuple[str, ...]]] = []
-        ends += [((0, 0, 0), ())] if block.leaves else []
-        ends += [
-            best[follower]
-            for follower in block.followers
-            if follower in best and (label, follower) not in backward
-        ]
-        if ends:
-            (w, n, length), way = max(ends, key=lambda end: end[0])
-            value = (wide + w, n - narrow * any_wide, length + len(block.instructions))
-            best[label] = (value, (label, *way))
-    if entry not in best:
-        return None
-    (wide, _, _), way = best[entry]
-    return way, any(start in way and end in way for start, end in backward), wide
-
-
-def _depth_first(
-    named: dict[str, Block], entry: str, barred: set[str]
-) -> tuple[list[str], set[tuple[str, str]]]:
-    order: list[str] = []
-    backward: set[tuple[str, str]] = set()
-    open_, done = {entry}, set()
-    stack: list[tuple[str, Iterator[str]]] = [(entry, iter(named[entry].followers))]
-    while stack:
-        label, followers = stack[-1]
-        for follower in followers:
-            if follower in open_:
-                backward.add((label, follower))
-            elif follower in named and follower not in done and follower not in barred:
-                open_.add(follower)
-                stack.append((follower, iter(named[follower].followers)))
-                break
-        else:
-            stack.pop()
-            open_.remove(label)
-            done.add(label)
-            order.append(label)
-    return order, backward
-
-
-def _stored_bits(block: Block) -> tuple[int, int]:
-    """Bits stored without a guard, in accesses of 64 bits and more, and in narrower ones."""
-    accesses = [_access(item) for item in block.instructions if not item.guarded]
-    bits = [found.bits for found in accesses if found and found.store]
-    return sum(b for b in bits if b >= 64), sum(b for b in bits if b < 64)
-
-
-def _without_padding(instructions: tuple[Instruction, ...]) -> tuple[Instruction, ...]:
-    return tuple(item for item in instructions if item.root not in ("NOP", "s_nop", "s_waitcnt"))
-
-
-def _lane_accesses(instructions: tuple[Instruction, ...]) -> Iterator[Access]:
+def lane_accesses(instructions: tuple[Instruction, ...]) -> Iterator[Access]:
     """Accesses at addresses that depend on the lane: the thread's index is followed through registers."""
     varying: set[str] = set()
     for item in instructions:
-        found = _access(item)
+        found = access_of(item)
         if found is not None and varying & set(_address(item)):
             yield found
         written, read = _registers(item)
@@ -270,7 +171,7 @@ def _is_amd(instruction: Instruction) -> bool:
 
 
 @cache
-def _access(instruction: Instruction) -> Access | None:
+def access_of(instruction: Instruction) -> Access | None:
     """The access to global memory that an instruction is, if it is one."""
     if _is_amd(instruction):
         found = re.match(
@@ -298,7 +199,7 @@ def _address(instruction: Instruction) -> list[str]:
 def _registers(instruction: Instruction) -> tuple[list[str], list[str]]:
     """Registers written and read; predicates are left out."""
     pattern = _AMD_REGISTER if _is_amd(instruction) else _SASS_REGISTER
-    access = _access(instruction)
+    access = access_of(instruction)
     if not instruction.operands or (access and access.store):
         return [], []
     first, *rest = instruction.operands

@@ -16,6 +16,9 @@ class _Variant(NamedTuple):
     num_warps: int = 1
     elementwise: bool = True
     tile: int = 64
+    registers: int | None = None
+    full: int | None = None
+    lanes: int | None = None
 
 
 @triton.jit

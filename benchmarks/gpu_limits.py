@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
     from .assembly import Instruction
-    from .machine_code import MachineCode
+    from .machine_code import Course
 
 
 class Generation(NamedTuple):
@@ -124,19 +124,18 @@ def gpus_of(target: str) -> list[Gpu]:
     return [gpu for gpu in GPUS if gpu.target == target]
 
 
-def seconds_per_element(gpu: Gpu, code: MachineCode) -> dict[str, float]:
+def seconds_per_element(gpu: Gpu, course: Course) -> dict[str, float]:
     """What memory and each pipe take for an element, were each of them alone."""
-    found = {"memory": code.bytes_per_element / gpu.bandwidth}
+    found = {"memory": course.bytes_per_element / gpu.bandwidth}
     rates = GENERATIONS[gpu.target].rates
-    for pipe, count in {"issue": code.instructions, **code.pipes}.items():
-        lanes = gpu.units * gpu.clock * rates[pipe]
-        found[pipe] = count / code.elements_per_thread / lanes
+    for pipe, count in {"issue": course.instructions, **course.pipes}.items():
+        found[pipe] = count / (gpu.units * gpu.clock * rates[pipe])
     return found
 
 
-def limit_of(gpu: Gpu, code: MachineCode) -> str:
+def limit_of(gpu: Gpu, course: Course) -> str:
     """The limit in words: which resource, how many elements a second, and how busy the next one is."""
-    times = seconds_per_element(gpu, code)
+    times = seconds_per_element(gpu, course)
     first, second = sorted(times, key=lambda name: -times[name])[:2]
     rate = 1e-9 / times[first]
     return f"{gpu.name}: {first}, {rate:.0f} G/s ({second} {times[second] / times[first]:.0%})"

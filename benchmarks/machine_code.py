@@ -17,15 +17,16 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
-from . import assembly, gpu_limits, rounding
-from .moved_bytes import TensorBytes, largest_unmasked
+from . import assembly, code_paths, gpu_limits, rounding
+from .code_faults import faults_of
+from .moved_bytes import TensorBytes, largest_unmasked, widest_elements
 
 KERNELS = "childtune_kernels.backends.triton"
 WORKERS = 2
@@ -48,6 +49,12 @@ class Variant(Protocol):
     def elementwise(self) -> bool: ...
     @property
     def tile(self) -> int: ...
+    @property
+    def registers(self) -> int | None: ...
+    @property
+    def full(self) -> int | None: ...
+    @property
+    def lanes(self) -> int | None: ...
 
 
 class Task(NamedTuple):
@@ -59,40 +66,47 @@ class Task(NamedTuple):
     options: tuple[tuple[str, Any], ...] = ()
 
 
-class MachineCode(NamedTuple):
-    """What one variant became on one target; counts are of a full chunk's path where nothing else is said."""
+class Course(NamedTuple):
+    """What an element costs on one way through the code; of a loop, and what stands around it, its share."""
 
-    task: Task
-    elementwise: bool
-    elements_per_thread: float
-    threads: int
-    registers: int
-    local_bytes: int
-    shared_bytes: int
-    exchanges: tuple[
-        str, ...
-    ]  # opcodes of shared memory, shuffles and barriers, anywhere in the kernel
-    occupancy: float
-    instructions: int
-    pipes: dict[str, int]
-    accesses: tuple[assembly.Access, ...]
-    asked: TensorBytes  # what the source moves in unmasked accesses
-    slow_paths: tuple[str, ...]
+    elements: float  # a thread, in a turn of the loop, or all where there is none
+    instructions: float
+    pipes: dict[str, float]
+    accesses: tuple[assembly.Access, ...]  # of ``elements`` elements
     loops: bool
     unavoidable_calls: tuple[str, ...]
-    rounding_faults: tuple[str, ...]
-    compile_seconds: float
-    read_seconds: float
-
-    @property
-    def per_element(self) -> float:
-        """Instructions an element."""
-        return self.instructions / self.elements_per_thread
 
     @property
     def bytes_per_element(self) -> float:
-        """Bytes that a full chunk moves an element, at addresses that differ from lane to lane."""
-        return sum(access.bits for access in self.accesses) / 8 / self.elements_per_thread
+        """Bytes an element that move at addresses that differ from lane to lane."""
+        return sum(access.bits for access in self.accesses) / 8 / self.elements
+
+
+class MachineCode(NamedTuple):
+    """What one variant became on one target.
+
+    ``chunk``: the way of a full chunk, for kernels with a branch of neighbours, and for those without any
+    branches; ``scattered``: the way of elements that lie anywhere, one a thread and access.
+    """
+
+    task: Task
+    elementwise: bool
+    full: int | None
+    lanes: int | None
+    tile: int
+    registers: int
+    local_bytes: int
+    shared_bytes: int
+    exchanges: tuple[str, ...]  # shared memory, shuffles and barriers, anywhere in the kernel
+    occupancy: float
+    chunk: Course | None
+    scattered: Course | None
+    asked: TensorBytes  # what the source moves in unmasked accesses
+    widest: tuple[int, int]  # bits of the widest element that it loads and stores
+    slow_paths: tuple[str, ...]
+    rounding_faults: tuple[str, ...]
+    compile_seconds: float
+    read_seconds: float
 
 
 def compile_for(variant: Variant, target: str, **options: Any) -> Any:
@@ -104,6 +118,8 @@ def compile_for(variant: Variant, target: str, **options: Any) -> Any:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    from childtune_kernels.backends.triton.launch import options_of
+
     if target.startswith("sm_"):
         gpu = GPUTarget("cuda", int(target.removeprefix("sm_")), 32)
     else:
@@ -114,8 +130,8 @@ def compile_for(variant: Variant, target: str, **options: Any) -> Any:
         if kind.startswith("*")
     }
     source = ASTSource(variant.kernel, variant.signature, variant.constants, aligned)
-    chosen = {"num_warps": variant.num_warps, "enable_fp_fusion": False, **options}
-    return triton.compile(source, target=gpu, options=chosen)
+    asked = options_of(variant.num_warps, variant.registers, gpu.backend == "hip")
+    return triton.compile(source, target=gpu, options=asked | options)
 
 
 def read(variant: Variant, task: Task) -> MachineCode:
@@ -137,78 +153,59 @@ def read(variant: Variant, task: Task) -> MachineCode:
         blocks = assembly.read_amdgcn(compiled.asm["amdgcn"], name)
         resources = _amd_resources(compiled.asm["amdgcn"])
         faults = rounding.faults_in_amdgcn(compiled.asm["amdgcn"], fmas_of_expansions(task.target))
-    path = assembly.full_chunk_path(blocks)
     threads = variant.num_warps * generation.lanes
     opcodes = {item.opcode for block in blocks for item in block.instructions}
+    chunk, scattered = code_paths.full_chunk_path(blocks), code_paths.scattered_path(blocks)
     return MachineCode(
         task=task,
         elementwise=variant.elementwise,
-        elements_per_thread=variant.tile / threads,
-        threads=threads,
+        full=variant.full,
+        lanes=variant.lanes,
+        tile=variant.tile,
         registers=resources["registers"],
         local_bytes=resources["local"],
         shared_bytes=compiled.metadata.shared,
         exchanges=tuple(sorted(filter(assembly.is_exchange, opcodes))),
         occupancy=generation.occupancy(resources["registers"], threads, compiled.metadata.shared),
-        instructions=generation.counted(path.instructions),
-        pipes=generation.pipes_of(path.instructions),
-        accesses=path.accesses,
+        chunk=_course(chunk, variant.full, variant.tile, threads, generation)
+        if variant.full or not variant.lanes
+        else None,
+        scattered=_course(scattered, variant.lanes, variant.tile, threads, generation)
+        if variant.lanes and scattered
+        else None,
         asked=largest_unmasked(compiled.asm["ttir"], threads),
-        slow_paths=path.slow_paths,
-        loops=path.loops,
-        unavoidable_calls=tuple(assembly.calls_on(path)),
+        widest=widest_elements(compiled.asm["ttir"]),
+        slow_paths=chunk.slow_paths,
         rounding_faults=tuple(faults),
         compile_seconds=compiled_at - start,
         read_seconds=time.perf_counter() - compiled_at,
     )
 
 
-def faults_of(code: MachineCode, most_per_element: float | None = None) -> list[str]:
-    """What is wrong with a variant's machine code, a sentence each.
+def _course(
+    path: code_paths.Path,
+    a_turn: int | None,
+    tile: int,
+    threads: int,
+    generation: gpu_limits.Generation,
+) -> Course:
+    """Costs of an element on a path whose loop, if it has one, takes ``a_turn`` of the tile's elements."""
+    in_all = tile / threads
+    elements = a_turn / threads if path.turn and a_turn else in_all
+    turns = in_all / elements
 
-    Args:
-        code: what :func:`read` found.
-        most_per_element: the bound on instructions an element; none where it is left out.
-    """
-    faults = list(code.rounding_faults)
-    if code.local_bytes:
-        faults.append(f"{code.local_bytes} bytes of local memory a thread: registers are spilled")
-    if code.occupancy < 0.5:
-        faults.append(
-            f"{code.registers} registers allow {code.occupancy:.0%} occupancy, below 50 %"
-        )
-    if code.elementwise:
-        faults += _elementwise_faults(code)
-    if most_per_element is not None and code.per_element > most_per_element:
-        faults.append(f"{code.per_element:.1f} instructions an element, above {most_per_element}")
-    return faults
+    def share(in_path: int, in_turn: int) -> float:
+        return (in_path + (turns - 1) * in_turn) / in_all
 
-
-def _elementwise_faults(code: MachineCode) -> Iterator[str]:
-    if code.shared_bytes or code.exchanges:
-        yield f"{code.shared_bytes} bytes of shared memory, {', '.join(code.exchanges)} between lanes"
-    if code.loops:
-        yield "a loop on the path of a full chunk: its instructions cannot be counted"
-    if code.unavoidable_calls:
-        yield "a subroutine call that no way around avoids"
-    for store in (False, True):
-        yield from _narrow_accesses(code, store)
-
-
-def _narrow_accesses(code: MachineCode, store: bool) -> Iterator[str]:
-    """Floating-point tensors must move in 128 bits, those of 16-bit types in 64 or more."""
-    what = "stores" if store else "loads"
-    found = [a for a in code.accesses if a.store == store and not a.guarded]
-    full, half = (code.asked.stored if store else code.asked.loaded)[:2]
-    if not full + half:
-        yield f"no unmasked {what} of floating-point tensors: there is no branch for full chunks"
-        return
-    widest = sum(a.bits for a in found if a.bits >= 128) // 8
-    wide = sum(a.bits for a in found if a.bits >= 64) // 8
-    if widest < full:
-        yield f"128-bit {what} move {widest} bytes a thread, of {full} of 32- and 64-bit tensors"
-    if wide < full + half:
-        yield f"{what} of 64 bits and more move {wide} bytes a thread, of {full + half}"
+    in_path, in_turn = (generation.pipes_of(part) for part in (path.instructions, path.turn))
+    return Course(
+        elements,
+        share(generation.counted(path.instructions), generation.counted(path.turn)),
+        {pipe: share(count, in_turn.get(pipe, 0)) for pipe, count in in_path.items()},
+        path.turn_accesses if path.turn else path.accesses,
+        bool(path.turn),
+        tuple(code_paths.calls_on(path)),
+    )
 
 
 def _tool(name: str) -> str:
@@ -302,17 +299,22 @@ def read_all(todo: Sequence[Task], workers: int = WORKERS) -> dict[Task, Machine
 
 
 def table(codes: Iterable[MachineCode]) -> str:
-    """Markdown: a row a variant and target, with the expected limit on each GPU of that target."""
-    head = "| kernel | target | bytes / element | instructions / element | registers | occupancy | limit |"
-    rows = [head, "|---|---|--:|--:|--:|--:|---|"]
+    """Markdown: a row a variant, target and way, with the expected limit on each GPU for full chunks."""
+    head = "| kernel | target | way | bytes / element | instructions / element | registers | occupancy |"
+    head += " limit |"
+    rows = [head, "|---|---|---|--:|--:|--:|--:|---|"]
     for code in codes:
-        limits = "; ".join(
-            gpu_limits.limit_of(gpu, code) for gpu in gpu_limits.gpus_of(code.task.target)
-        )
-        rows.append(
-            f"| {code.task.variant} | {code.task.target} | {code.bytes_per_element:.1f} | "
-            f"{code.per_element:.1f} | {code.registers} | {code.occupancy:.0%} | {limits} |"
-        )
+        for way, course in (("full chunk", code.chunk), ("one by one", code.scattered)):
+            if course is None:
+                continue
+            limits = "; ".join(
+                gpu_limits.limit_of(gpu, course) for gpu in gpu_limits.gpus_of(code.task.target)
+            )
+            rows.append(
+                f"| {code.task.variant} | {code.task.target} | {way} | {course.bytes_per_element:.1f} | "
+                f"{course.instructions:.1f} | {code.registers} | {code.occupancy:.0%} | "
+                f"{limits if code.chunk is course else ''} |"
+            )
     return "\n".join(rows)
 
 
@@ -331,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     codes = [found for found in results.values() if isinstance(found, MachineCode)]
     print(table(codes))
     wrong = {task: [found] for task, found in results.items() if isinstance(found, str)}
-    wrong |= {code.task: faults_of(code) for code in codes if faults_of(code)}
+    wrong |= {code.task: found for code in codes if (found := faults_of(code))}
     for task, faults in wrong.items():
         print(f"{task.variant} on {task.target}:", *faults, sep="\n  ", file=sys.stderr)
     return bool(wrong)

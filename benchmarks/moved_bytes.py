@@ -37,6 +37,14 @@ def largest_unmasked(text: str, threads: int) -> TensorBytes:
     return max(best, _total(branches), key=_all_of)
 
 
+def widest_elements(text: str) -> tuple[int, int]:
+    """Bits of the widest element of any tensor that is loaded, and of any that is stored."""
+    bits = {"load": 0, "store": 0}
+    for what, _, _, kind in _ACCESS.findall(text):
+        bits[what] = max(bits[what], int(kind.lstrip("bfi")))
+    return bits["load"], bits["store"]
+
+
 def _total(branches: list[list[tuple[str, str, float]]]) -> TensorBytes:
     def of(what: str, half: bool) -> float:
         return sum(

@@ -16,7 +16,8 @@ _AMD_FUSED = re.compile(
     re.M,
 )
 # x·1 + z and x·y − 0 round once, like an addition and a product: so 16-bit operands are widened on the way.
-_ALONE = re.compile(r", -?1\.0,|, neg\(0\)")
+# Products with ±2**32 stand in the division of 64-bit integers, which goes by floats.
+_ALONE = re.compile(r", -?1\.0,|, neg\(0\)|, 0x[4c]f800000")
 
 
 class Expansions(NamedTuple):
@@ -50,10 +51,14 @@ def faults_in_amdgcn(text: str, expected: Expansions) -> Iterator[str]:
     """
     found = _fused(text)
     marks = _marks(text)
+    conversions = len(
+        re.findall(r"^\s+v_floor_f64", text, re.M)
+    )  # of fp64 to 64-bit integers: one each
     allowed = sum(expected.division.get(kind, 0) * count for kind, count in marks.division.items())
     allowed += sum(
         expected.square_root.get(kind, 0) * count for kind, count in marks.square_root.items()
     )
+    allowed += conversions
     if found != allowed:
         yield f"{found} fused multiply-adds where divisions and square roots have {allowed}: contracted"
     modes = dict(re.findall(r"\.amdhsa_float_denorm_mode_(32|16_64) (\d)", text))

@@ -7,7 +7,15 @@ from typing import Any
 
 import pytest
 
-from benchmarks import assembly, gpu_limits, machine_code, moved_bytes, rounding
+from benchmarks import (
+    assembly,
+    code_faults,
+    code_paths,
+    gpu_limits,
+    machine_code,
+    moved_bytes,
+    rounding,
+)
 from benchmarks.machine_code import MachineCode, Task
 
 TOYS = "tests.toy_kernels"
@@ -62,16 +70,17 @@ def read(codes: dict[Task, MachineCode | str], task: Task) -> MachineCode:
 @good
 def test_a_good_kernel_has_no_fault(codes: dict[Task, MachineCode | str], task: Task) -> None:
     code = read(codes, task)
-    assert machine_code.faults_of(code, most_per_element=60) == []
-    assert code.bytes_per_element == GOOD[task.variant]
-    assert code.per_element > 25
+    assert code_faults.faults_of(code, code_faults.Most(60)) == []
+    assert code.chunk is not None
+    assert code.chunk.bytes_per_element == GOOD[task.variant]
+    assert code.chunk.instructions > 25
 
 
 @broken
 def test_a_broken_property_is_named_and_nothing_else(
     codes: dict[Task, MachineCode | str], task: Task, says: tuple[str, ...]
 ) -> None:
-    faults = machine_code.faults_of(read(codes, task))
+    faults = code_faults.faults_of(read(codes, task))
     assert any(says[0] in fault for fault in faults), faults
     assert all(any(words in fault for words in says) for fault in faults), faults
 
@@ -80,8 +89,8 @@ def test_a_broken_property_is_named_and_nothing_else(
 def test_too_many_instructions_are_a_fault(
     codes: dict[Task, MachineCode | str], task: Task
 ) -> None:
-    (fault,) = machine_code.faults_of(read(codes, task), most_per_element=20)
-    assert "instructions an element, above 20" in fault
+    (fault,) = code_faults.faults_of(read(codes, task), code_faults.Most(20))
+    assert "instructions an element of a full chunk, above 20" in fault
 
 
 @pytest.mark.parametrize("target", NVIDIA)
@@ -90,7 +99,8 @@ def test_slow_paths_are_named_and_not_counted(
 ) -> None:
     code = read(codes, Task(TOYS, "fp32", target))
     assert ["sqrt_rn" in name or "div_rn" in name for name in code.slow_paths] == [True, True]
-    assert code.unavoidable_calls == ()
+    assert code.chunk is not None
+    assert code.chunk.unavoidable_calls == ()
 
 
 def test_the_table_names_a_limit_for_every_gpu(codes: dict[Task, MachineCode | str]) -> None:
@@ -151,14 +161,14 @@ def test_a_path_steps_around_calls_and_follows_the_widest_stores() -> None:
 $slow:
         /*0090*/                   RET.REL.NODEC R2 `(toy) ;
 """
-    path = assembly.full_chunk_path(assembly.read_sass(text, "toy"))
+    path = code_paths.full_chunk_path(assembly.read_sass(text, "toy"))
     assert [item.opcode for item in path.instructions] == [
         *("S2R", "BRA", "BRA", "STG.E.128", "MOV", "STG.E.128", "EXIT")
     ]
     assert path.accesses == (assembly.Access(True, 128, False),), "R0 is then overwritten"
     assert path.slow_paths == ("$slow",)
     inevitable = text.replace("@P1 BRA `(.L_x_1)", "NOP")
-    assert assembly.calls_on(assembly.full_chunk_path(assembly.read_sass(inevitable, "toy")))
+    assert code_paths.calls_on(code_paths.full_chunk_path(assembly.read_sass(inevitable, "toy")))
 
 
 def test_code_that_cannot_be_followed_is_an_error() -> None:
@@ -167,7 +177,7 @@ def test_code_that_cannot_be_followed_is_an_error() -> None:
     with pytest.raises(ValueError, match="no machine code of kernel 'other'"):
         assembly.read_sass(".text.toy:\n        /*0000*/   EXIT ;\n", "other")
     with pytest.raises(ValueError, match="no way leads"):
-        assembly.full_chunk_path(assembly.read_sass(".text.toy:\n  /*0000*/   RET ;\n", "toy"))
+        code_paths.full_chunk_path(assembly.read_sass(".text.toy:\n  /*0000*/   RET ;\n", "toy"))
 
 
 def test_the_largest_unmasked_branch_is_what_a_full_chunk_moves() -> None:
@@ -184,3 +194,63 @@ def test_the_largest_unmasked_branch_is_what_a_full_chunk_moves() -> None:
 """
     found = moved_bytes.largest_unmasked(text, threads=128)
     assert found == moved_bytes.TensorBytes(loaded=(32, 16), stored=(32, 0))
+
+
+def test_elements_one_by_one_are_counted_by_turns_without_what_can_be_gone_around() -> None:
+    text = """
+.text.toy:
+        /*0000*/                   S2R R0, SR_TID.X ;
+        /*0010*/              @!P0 BRA `(.L_x_9) ;
+        /*0020*/                   STG.E.128 desc[UR4][R0.64], R4 ;
+        /*0030*/                   EXIT ;
+.L_x_9:
+        /*0040*/                   MOV R8, R0 ;
+.L_x_0:
+        /*0050*/              @!P2 LDG.E R4, desc[UR4][R8.64] ;
+        /*0060*/              @!P1 BRA `(.L_x_1) ;
+        /*0070*/                   LDG.E R5, desc[UR4][UR6] ;
+        /*0080*/                   IMAD R4, R4, R5, RZ ;
+        /*0090*/                   CALL.REL.NOINC `($slow) ;
+.L_x_1:
+        /*00a0*/              @!P2 STG.E desc[UR4][R8.64], R4 ;
+        /*00b0*/               @P4 CALL.REL.NOINC `(.L_x_2) ;
+        /*00c0*/                   BRA `(.L_x_0) ;
+.L_x_2:
+        /*00d0*/                   EXIT ;
+$slow:
+        /*00e0*/                   RET.REL.NODEC R2 `(toy) ;
+"""
+    blocks = assembly.read_sass(text, "toy")
+    path = code_paths.scattered_path(blocks)
+    assert path is not None
+    assert [item.opcode for item in path.turn] == [
+        *("LDG.E", "BRA", "STG.E", "CALL.REL.NOINC", "BRA")
+    ]
+    assert path.turn_accesses == (
+        assembly.Access(False, 32, True),
+        assembly.Access(True, 32, True),
+    )
+    assert code_paths.calls_on(path) == [], "to a place of the kernel itself it is a jump"
+    assert not code_paths.full_chunk_path(blocks).turn
+    assert code_paths.scattered_path(assembly.read_sass(text.split(".L_x_9:")[0], "toy")) is None
+
+
+def test_wide_accesses_of_elements_anywhere_are_a_fault(
+    codes: dict[Task, MachineCode | str],
+) -> None:
+    code = read(codes, Task(TOYS, "fp32", "sm_90"))
+    scattered = code._replace(lanes=128, scattered=code.chunk, widest=(32, 32))
+    assert code_faults.faults_of(scattered) == [
+        f"{what} of 128 bits of elements anywhere, which have 32 at most"
+        for what in ("loads", "stores")
+    ]
+    (nowhere,) = code_faults.faults_of(code._replace(lanes=128, scattered=None))
+    assert nowhere.startswith("no way for elements that lie anywhere")
+
+
+def test_fused_operations_of_integers_are_no_contraction() -> None:
+    division = "\tv_fmac_f32_e32 v2, 0x4f800000, v7\n\tv_fmac_f32_e32 v2, 0xcf800000, v7\n"
+    conversion = "\tv_floor_f64_e32 v[2:3], v[2:3]\n\tv_fma_f64 v[0:1], v[2:3], s[0:1], v[0:1]\n"
+    nothing = rounding.Expansions({}, {})
+    assert list(rounding.faults_in_amdgcn(division + conversion, nothing)) == []
+    assert len(list(rounding.faults_in_amdgcn(conversion.split("\n")[1] + "\n", nothing))) == 1

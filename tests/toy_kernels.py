@@ -19,6 +19,9 @@ class ToyVariant(NamedTuple):
     num_warps: int = 4
     elementwise: bool = True
     tile: int = 1024
+    registers: int | None = None
+    full: int | None = None
+    lanes: int | None = None
 
 
 @triton.jit
@@ -95,7 +98,7 @@ def variants(target_generation: str) -> Iterator[ToyVariant]:
     yield _step("two a thread", tl.float32, 16, tile=four // 2)
     yield _step("many registers", tl.float32, 16, tile=8192 if four == 1024 else 2048)
     signature = {"values": "*fp32", "count": "i32", "TILE": "constexpr"}
-    yield ToyVariant("loop", _loop_kernel, signature, {"TILE": 1024}, tile=1024)
+    yield ToyVariant("loop", _loop_kernel, signature, {"TILE": 1024}, full=1024)
 
 
 def _step(
@@ -103,4 +106,4 @@ def _step(
 ) -> ToyVariant:
     constants = {"KIND": kind, "W_HINT": w_hint, "HINT": hint, "WHAT": what, "TILE": tile}
     signature = {"chunks": "*i64", "rows": "*i64", **dict.fromkeys(constants, "constexpr")}
-    return ToyVariant(name, _step_kernel, signature, constants, tile=tile)
+    return ToyVariant(name, _step_kernel, signature, constants, tile=tile, full=tile)

@@ -46,7 +46,7 @@ def _constants(combination: Combination, generation: str) -> dict[str, Any]:
     layout, cut = combination.layout, cut_of(combination, generation)
     weight = {"WEIGHT": _TYPES[combination.weight]}
     if layout == "outside":
-        return weight | {"TILE": cut.tile}
+        return weight | {"TILE": cut.tile, "LANES": cut.lanes}
     constants = weight | {
         "GRAD": _TYPES[combination.grad],
         "MASTER": combination.master,
@@ -138,4 +138,6 @@ def variants(generation: str) -> Iterator[launch.Variant]:
             elementwise=each.layout != "words",
             tile=cut.tile,
             registers=launch.HALF_OCCUPANCY,
+            full=None if each.layout in ("indices", "outside") else cut.full,
+            lanes=cut.lanes,
         )

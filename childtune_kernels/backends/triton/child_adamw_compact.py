@@ -29,9 +29,9 @@ def set_bits(word):
 
 
 @triton.jit
-def _segment_of(rank, ranks, first, count, STRIDE: tl.constexpr):
-    """Which of ``count`` segments from ``first`` on holds each rank, and the segment's first rank."""
-    segment = tl.zeros_like(rank) + first
+def _segment_of(rank, ranks, count, STRIDE: tl.constexpr):
+    """Which of ``count`` segments (int32) holds each rank, and its first rank; ``ranks`` has those."""
+    segment = tl.zeros_like(rank).to(tl.int32)
     while count > 1:
         half = count // 2
         middle = segment + half
@@ -41,17 +41,19 @@ def _segment_of(rank, ranks, first, count, STRIDE: tl.constexpr):
 
 
 @triton.jit
-def _local_of_ranks(rank, row, first, count, RUNS: tl.constexpr):
-    """Local indexes of child elements (int64 ranks) that lie in ``count`` segments from ``first`` on."""
+def _local_of_ranks(start, lane, exists, row, first, count, RUNS: tl.constexpr):
+    """Local indexes (int64) of child elements start + lane, in ``count`` segments from ``first`` on."""
+    rank = start + lane
     if RUNS:
-        runs = plan.address(row, plan.CHILD_PLACES, tl.int64)
-        segment, before = _segment_of(rank, runs + 1, first, count, 2)
+        runs = plan.address(row, plan.CHILD_PLACES, tl.int64) + 2 * first
+        segment, before = _segment_of(rank, runs + 1, count, 2)
         return tl.load(runs + 2 * segment) + (rank - before)
     else:
-        ranks = plan.address(row, plan.CHILD_RANKS, tl.int64)
-        segment, _ = _segment_of(rank, ranks, first, count, 1)
-        within = tl.load(plan.address(row, plan.CHILD_PLACES, tl.int16) + rank)
-        return segment * UNIT_OF_INDICES + (within.to(tl.int64) & (UNIT_OF_INDICES - 1))
+        ranks = plan.address(row, plan.CHILD_RANKS, tl.int64) + first
+        segment, _ = _segment_of(rank, ranks, count, 1)
+        places = plan.address(row, plan.CHILD_PLACES, tl.int16) + start
+        within = tl.load(places + lane, exists, 0).to(tl.int64) & (UNIT_OF_INDICES - 1)
+        return (first + segment) * UNIT_OF_INDICES + within
 
 
 @triton.jit
@@ -59,7 +61,10 @@ def _step_of_lanes(
     local, rank, exists, weight, grad, exp_avg, exp_avg_sq, master, row, draws, scalars,
     MASTER: tl.constexpr, BERNOULLI: tl.constexpr,
 ):  # fmt: skip
-    """The step of child elements wherever they lie: lanes that exist, given by local index and rank."""
+    """The step of child elements wherever they lie: lanes that exist, given by local index and rank.
+
+    Ranks (int32) count from where the pointers of the state show.
+    """
     place = local
     if tl.load(row + plan.STORAGE_CONTIGUOUS) == 0:
         place = mapped_index(local, row + plan.STORAGE_MAP)
@@ -90,12 +95,12 @@ def _step_of_lanes(
 
 
 @triton.jit
-def _neighbours(
-    local, rank, weight, grad, exp_avg, exp_avg_sq, master, row,
-):  # fmt: skip
+def _neighbours(local, rank, weight, grad, exp_avg, exp_avg_sq, master, row, MASTER: tl.constexpr):
     """Whether child elements that follow each other can be stepped by whole tiles from here on."""
     odd = misaligned(weight + local) | misaligned(grad + local) | misaligned(exp_avg + rank)
-    odd |= misaligned(exp_avg_sq + rank) | misaligned(master + rank)
+    odd |= misaligned(exp_avg_sq + rank)
+    if MASTER:
+        odd |= misaligned(master + rank)
     odd |= (tl.load(row + plan.ELEMENT_MAP) + local) & 3
     maps = tl.load(row + plan.STORAGE_CONTIGUOUS) & tl.load(row + plan.ELEMENT_CONTIGUOUS)
     return (odd == 0) & (maps != 0)
@@ -116,13 +121,15 @@ def child_adamw_segments_kernel(
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
     MOMENT: tl.constexpr = all_scalars.dtype.element_ty
-    if tl.load(row + plan.ACTIVE) != 0:
-        weight = plan.address(row, plan.WEIGHT, WEIGHT)
-        grad = plan.address(row, plan.GRAD, GRAD)
-        exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
-        exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
-        master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
-        left = tl.load(row + plan.CHILD_COUNT) - start
+    # All loads of the row go out at once: those behind a branch would wait for it.
+    active = tl.load(row + plan.ACTIVE)
+    weight = plan.address(row, plan.WEIGHT, WEIGHT)
+    grad = plan.address(row, plan.GRAD, GRAD)
+    exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
+    exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
+    master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
+    left = tl.load(row + plan.CHILD_COUNT) - start
+    if active != 0:
         in_one_run = False
         if RUNS:
             run = plan.address(row, plan.CHILD_PLACES, tl.int64) + 2 * first
@@ -130,7 +137,7 @@ def child_adamw_segments_kernel(
             in_one_run = (
                 (count == 1)
                 & (left >= TILE)
-                & _neighbours(local0, start, weight, grad, exp_avg, exp_avg_sq, master, row)
+                & _neighbours(local0, start, weight, grad, exp_avg, exp_avg_sq, master, row, MASTER)
             )
         else:
             local0 = start
@@ -141,14 +148,18 @@ def child_adamw_segments_kernel(
                 tl.load(row + plan.PHILOX_KEY), draws, scalars, MASTER, BERNOULLI, False, TILE,
             )  # fmt: skip
         else:
-            for at in range(0, tl.minimum(left, TILE).to(tl.int32), LANES):
+            lanes = tl.minimum(left, TILE).to(tl.int32)
+            for at in range(0, lanes, LANES):
                 lane = at + tl.arange(0, LANES)
-                exists = lane < left
-                rank = start + tl.where(exists, lane, 0)
-                local = _local_of_ranks(rank, row, first, count, RUNS)
+                exists = lane < lanes
+                local = _local_of_ranks(start, lane, exists, row, first, count, RUNS)
+                # Addresses are loaded again in every turn: meanwhile they take no registers.
                 _step_of_lanes(
-                    local, rank, exists, weight, grad, exp_avg, exp_avg_sq, master, row, draws, scalars,
-                    MASTER, BERNOULLI,
+                    local, lane, exists, plan.address(row, plan.WEIGHT, WEIGHT),
+                    plan.address(row, plan.GRAD, GRAD), plan.address(row, plan.EXP_AVG, MOMENT) + start,
+                    plan.address(row, plan.EXP_AVG_SQ, MOMENT) + start,
+                    plan.address(row, plan.MASTER_WEIGHT, MOMENT) + start,
+                    row, draws, scalars, MASTER, BERNOULLI,
                 )  # fmt: skip
 
 
@@ -178,7 +189,7 @@ def child_adamw_words_kernel(
         ranks = plan.address(row, plan.CHILD_RANKS, tl.int64) + unit
         rank0 = tl.load(ranks)
         whole = (tl.load(ranks + 1) - rank0 == TILE) & _neighbours(
-            start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row
+            start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row, True
         )
         if whole:
             key, first = tl.load(row + plan.PHILOX_KEY), tl.load(row + plan.ELEMENT_MAP) + start
@@ -208,8 +219,9 @@ def child_adamw_words_kernel(
 
 @triton.jit
 def decay_outside_kernel(
-    rows, chunks, all_words, all_scalars, WEIGHT: tl.constexpr, TILE: tl.constexpr
-):
+    rows, chunks, all_words, all_scalars,
+    WEIGHT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
+):  # fmt: skip
     """Eq. 9 for the weights outside the child, of a row without masters; ``all_words``: addresses by row."""
     chunk = chunks + 2 * tl.program_id(0).to(tl.int64)
     index = tl.load(chunk).to(tl.int64)
@@ -217,13 +229,16 @@ def decay_outside_kernel(
     row = rows + index * plan.ROW
     decay = tl.load(all_scalars + index * step_scalars.WIDTH + step_scalars.OUTSIDE_DECAY)
     if (tl.load(row + plan.ACTIVE) != 0) & (decay != 0):
-        local = start + tl.arange(0, TILE)
-        numel = tl.load(row + plan.NUMEL)
         words = tl.load(all_words + index).to(tl.pointer_type(tl.int32))
-        outside = (local < numel) & (child_bits(words, tl.minimum(local, numel - 1)) == 0)
-        place = local
-        if tl.load(row + plan.STORAGE_CONTIGUOUS) == 0:
-            place = mapped_index(local, row + plan.STORAGE_MAP)
-        weight = plan.address(row, plan.WEIGHT, WEIGHT) + place
-        old = widened(tl.load(weight, outside), all_scalars.dtype.element_ty)
-        tl.store(weight, narrowed(decayed(old, decay), WEIGHT), outside)
+        weight = plan.address(row, plan.WEIGHT, WEIGHT)
+        left = tl.minimum(tl.load(row + plan.NUMEL) - start, TILE).to(tl.int32)
+        for at in range(0, left, LANES):
+            lane = at + tl.arange(0, LANES)
+            local = start + lane
+            inside = lane < left
+            outside = inside & (child_bits(words, tl.where(inside, local, start)) == 0)
+            place = local
+            if tl.load(row + plan.STORAGE_CONTIGUOUS) == 0:
+                place = mapped_index(local, row + plan.STORAGE_MAP)
+            old = widened(tl.load(weight + place, outside), all_scalars.dtype.element_ty)
+            tl.store(weight + place, narrowed(decayed(old, decay), WEIGHT), outside)

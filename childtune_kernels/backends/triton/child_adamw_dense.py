@@ -159,18 +159,22 @@ def child_adamw_dense_kernel(
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
     MOMENT: tl.constexpr = all_scalars.dtype.element_ty
-    if tl.load(row + plan.ACTIVE) != 0:
-        numel = tl.load(row + plan.NUMEL)
-        weight = plan.address(row, plan.WEIGHT, WEIGHT)
-        grad = plan.address(row, plan.GRAD, GRAD)
-        exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
-        exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
-        master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
-        words = plan.address(row, plan.MASK_WORDS, tl.int32)
-        first = tl.load(row + plan.ELEMENT_MAP)
+    # All loads of the row go out at once: those behind a branch would wait for it.
+    active = tl.load(row + plan.ACTIVE)
+    numel = tl.load(row + plan.NUMEL)
+    weight = plan.address(row, plan.WEIGHT, WEIGHT)
+    grad = plan.address(row, plan.GRAD, GRAD)
+    exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
+    exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
+    master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
+    words = plan.address(row, plan.MASK_WORDS, tl.int32)
+    first = tl.load(row + plan.ELEMENT_MAP)
+    neighbours = tl.load(row + plan.STORAGE_CONTIGUOUS) & tl.load(row + plan.ELEMENT_CONTIGUOUS)
+    if active != 0:
         odd = misaligned(weight) | misaligned(grad) | misaligned(exp_avg)
-        odd |= misaligned(exp_avg_sq) | misaligned(master) | (first & 3)
-        neighbours = tl.load(row + plan.STORAGE_CONTIGUOUS) & tl.load(row + plan.ELEMENT_CONTIGUOUS)
+        odd |= misaligned(exp_avg_sq) | (first & 3)
+        if MASTER:
+            odd |= misaligned(master)
         if (start + TILE <= numel) & (odd == 0) & (neighbours != 0):
             full_tile(
                 weight + start, grad + start, exp_avg + start, exp_avg_sq + start, master + start,

@@ -136,4 +136,6 @@ def variants(generation: str) -> Iterator[launch.Variant]:
             config.num_warps,
             elementwise=True,
             tile=config.tile,
+            full=config.tile,
+            lanes=constants["LANES"],
         )

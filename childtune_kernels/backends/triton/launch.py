@@ -32,7 +32,9 @@ class Variant(NamedTuple):
 
     ``signature`` has Triton's type of every argument ("*i64", "i32", "constexpr", ...), ``constants`` the
     values of the constexpr ones. ``elementwise``: the kernel needs neither shared memory nor shuffles.
-    ``registers``: the most that a thread may have.
+    ``registers``: the most that a thread may have. ``full``: the elements that its branch of 128-bit
+    accesses takes at a time, and ``lanes``: those that its branch for elements anywhere takes at a time, one
+    a thread and access; None where it has no such branch.
     """
 
     name: str
@@ -43,6 +45,8 @@ class Variant(NamedTuple):
     elementwise: bool
     tile: int
     registers: int | None = None
+    full: int | None = None
+    lanes: int | None = None
 
 
 #: Registers a thread with which half of an NVIDIA multiprocessor's 2048 threads can be resident.
@@ -66,7 +70,7 @@ _DEFAULTS = {
     "child_adamw": Config(1024, 8),
     "child_adamw_compact": Config(1024, 8),
     "fisher_accumulate": Config(1024, 8),
-    "keep_words": Config(1024, 4),
+    "keep_words": Config(512, 8),
     "bitmask": Config(4096, 8),
     "topk_select": Config(4096, 8),
 }

@@ -306,9 +306,9 @@ def _words_and_unit(config: launch.Config, unit: int) -> dict[str, int]:
 
 def _runs_a_program(config: launch.Config, granularity: int) -> int:
     """A power of two: as many runs as a program counts elements in, within bounds for its threads."""
-    most = config.tile // 64
+    most = config.tile // 128
     wanted = 1 << max(1, _STRETCH * config.tile // granularity).bit_length() - 1
-    return min(most, max(most // 8, wanted))
+    return min(most, max(most // 4, wanted))
 
 
 def _empty(score: Tensor, each: int, dtype: torch.dtype) -> Tensor:
@@ -341,7 +341,15 @@ def _launch(
     kernel: Any, arguments: tuple[Tensor, ...], constants: dict[str, Any], config: launch.Config
 ) -> None:
     chunks = arguments[0]
-    launch.launch(kernel, chunks.shape[0], chunks.device, arguments, constants, config.num_warps)
+    launch.launch(
+        kernel,
+        chunks.shape[0],
+        chunks.device,
+        arguments,
+        constants,
+        config.num_warps,
+        launch.HALF_OCCUPANCY,
+    )
 
 
 def variants(generation: str) -> Iterator[launch.Variant]:
@@ -359,6 +367,7 @@ def variants(generation: str) -> Iterator[launch.Variant]:
             config.num_warps,
             elementwise=False,
             tile=tile,
+            registers=launch.HALF_OCCUPANCY,
         )
 
     for shift, bits in _DIGITS:

@@ -1,0 +1,125 @@
+"""The package's own kernels, compiled for GPUs that are not there: what their machine code must not do."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from benchmarks import code_faults, machine_code
+from benchmarks.code_faults import Most
+from benchmarks.machine_code import MachineCode, Task
+
+TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
+BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
+
+# Instructions an element, measured with Triton 3.9 and rounded up by a tenth: of NVIDIA's targets, of AMD's.
+MOST: dict[str, tuple[Most, Most]] = {
+    "bitmask": (Most(46), Most(51)),
+    "dense 32": (Most(62, 107), Most(47, 78)),
+    "dense 32 bernoulli": (Most(101, 233), Most(72, 182)),
+    "dense 64": (Most(102, 142), Most(67, 88)),
+    "dense 64 bernoulli": (Most(226, 283), Most(170, 192)),
+    "dense 16": (Most(84, 132), Most(64, 98)),
+    "dense 16 bernoulli": (Most(123, 258), Most(90, 201)),
+    "fixed 32": (Most(76, 128), Most(59, 95)),
+    "fixed 32 bernoulli": (Most(116, 258), Most(84, 198)),
+    "fixed 64": (Most(124, 174), Most(90, 112)),
+    "fixed 64 bernoulli": (Most(256, 319), Most(196, 216)),
+    "fixed 16": (Most(99, 154), Most(77, 114)),
+    "fixed 16 bernoulli": (Most(140, 286), Most(103, 219)),
+    "words 32": (Most(57, 118), Most(45, 107)),
+    "words 32 bernoulli": (Most(88, 294), Most(70, 230)),
+    "words 64": (Most(86, 164), Most(63, 126)),
+    "words 64 bernoulli": (Most(200, 316), Most(163, 236)),
+    "words 16": (Most(78, 146), Most(62, 127)),
+    "words 16 bernoulli": (Most(112, 334), Most(87, 250)),
+    "indices 32": (Most(None, 105), Most(None, 88)),
+    "indices 32 bernoulli": (Most(None, 250), Most(None, 205)),
+    "indices 64": (Most(None, 162), Most(None, 102)),
+    "indices 64 bernoulli": (Most(None, 284), Most(None, 213)),
+    "indices 16": (Most(None, 131), Most(None, 109)),
+    "indices 16 bernoulli": (Most(None, 279), Most(None, 226)),
+    "runs 32": (Most(65, 130), Most(47, 92)),
+    "runs 32 bernoulli": (Most(93, 249), Most(72, 204)),
+    "runs 64": (Most(115, 180), Most(67, 102)),
+    "runs 64 bernoulli": (Most(210, 290), Most(170, 213)),
+    "runs 16": (Most(88, 158), Most(64, 114)),
+    "runs 16 bernoulli": (Most(114, 276), Most(90, 225)),
+    "outside 32": (Most(None, 48), Most(None, 24)),
+    "outside 64": (Most(None, 60), Most(None, 26)),
+    "outside 16": (Most(None, 56), Most(None, 29)),
+    "fisher_accumulate": (Most(21, 189), Most(7.5, 20)),
+    "keep_words": (Most(261), Most(455)),
+    "step_scalars": (Most(384), Most(667)),
+    "topk_select": (Most(37), Most(310)),
+}
+
+
+def family(variant: str) -> str:
+    """The row of the table above that a variant belongs to."""
+    found = re.match(r"child_adamw-(\w+)-(b?float\d+)", variant)
+    if found is None:
+        return variant.split()[0]
+    bits = {"float64": "64", "float32": "32"}.get(found[2], "16")
+    return f"{found[1]} {bits}" + " bernoulli" * variant.endswith("bernoulli")
+
+
+def expected_bytes(variant: str) -> float | None:
+    """What a full chunk of a step moves an element; None for other kernels."""
+    parts = variant.split("-")
+    if parts[0] != "child_adamw" or parts[1] in ("indices", "outside"):
+        return None
+    weight, grad = BYTES[parts[2]], BYTES[parts[3]]
+    moment = 8 if weight == 8 else 4
+    return 2 * weight + grad + 4 * moment + 8 * ("master" in parts)
+
+
+def is_short(task: Task) -> bool:
+    """Of the other targets, one variant of each kernel and mask kind in fp32 and in bf16 with masters."""
+    if task.target == "sm_90" or not task.variant.startswith("child_adamw"):
+        return True
+    return "-float32-float32" in task.variant or "-bfloat16-float32-master" in task.variant
+
+
+TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
+by_task = pytest.mark.parametrize(
+    "task",
+    [
+        pytest.param(
+            task,
+            id=f"{task.variant}-{task.target}",
+            marks=[] if is_short(task) else pytest.mark.slow,
+        )
+        for task in TASKS
+    ],
+)
+
+
+@pytest.fixture(scope="module")
+def codes(request: pytest.FixtureRequest) -> dict[Task, MachineCode | str]:
+    """Of the variants that this run asks for."""
+    asked = (getattr(item, "callspec", None) for item in request.session.items)
+    wanted = {each.params.get("task") for each in asked if each is not None}
+    return machine_code.read_all([task for task in TASKS if task in wanted])
+
+
+@by_task
+def test_a_kernel_is_compiled_to_what_it_should_be(
+    codes: dict[Task, MachineCode | str], task: Task
+) -> None:
+    code = codes[task]
+    assert isinstance(code, MachineCode), code
+    most = MOST[family(task.variant)][task.target == "gfx942"]
+    assert code_faults.faults_of(code, most) == []
+    if (expected := expected_bytes(task.variant)) is not None:
+        assert code.chunk is not None
+        # With a fixed mask a thread reads a whole word, or two, for its four elements, or its two of fp64.
+        words = 4 if "-fixed-" in task.variant else 0
+        assert 0 <= code.chunk.bytes_per_element - expected <= words
+
+
+def test_every_kernel_is_there() -> None:
+    families = {family(task.variant) for task in TASKS}
+    assert families == set(MOST)
+    assert len(TASKS) > 4 * 104
