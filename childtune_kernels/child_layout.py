@@ -15,6 +15,9 @@ from .plan_row import INDICES_UNIT, WORDS_UNIT
 # cost what reading the tensor costs, indices 2 to 4 ns an element of the child, a run about 30 ns and its
 # elements. Below one element in sixteen indices also need less memory than words.
 _SPARSE = 1 / 16
+# On GPUs, from what kernels move and issue (docs/performance.md; not yet measured): by words every element
+# costs instructions, whether in the child or not.
+_SPARSE_ON_GPUS = 1 / 4
 _RUN_LENGTH = 24
 _ELEMENTS_A_RUN = 160
 
@@ -52,7 +55,8 @@ def child_layout(words: Tensor, numel: int, layout: str | None = None) -> dict[s
     ops.check_words("child", words, numel)
     starts = _starts(words)
     if layout is None:
-        layout = _suitable(ops.count_mask(words), ops.count_mask(starts), numel)
+        runs = ops.count_mask(starts)
+        layout = suitable_layout(ops.count_mask(words), runs, numel, words.device)
     if layout == "runs":
         return {"child_runs": _runs(words, starts, numel)}
     if layout == "words":
@@ -64,10 +68,12 @@ def child_layout(words: Tensor, numel: int, layout: str | None = None) -> dict[s
     }
 
 
-def _suitable(count: int, runs: int, numel: int) -> str:
+def suitable_layout(count: int, runs: int, numel: int, device: torch.device) -> str:
+    """The layout for ``count`` child elements in so many runs, among ``numel``, for a device's kernels."""
     if count >= _RUN_LENGTH * runs and numel - count >= _ELEMENTS_A_RUN * (runs - 1):
         return "runs"
-    return "indices" if count < _SPARSE * numel else "words"
+    sparse = _SPARSE if device.type == "cpu" else _SPARSE_ON_GPUS
+    return "indices" if count < sparse * numel else "words"
 
 
 def _starts(words: Tensor) -> Tensor:

@@ -157,3 +157,23 @@ def test_layouts_that_are_of_no_child_are_refused(
     child_layout.check_layout("w", state, torch.device("cpu"), 5000, contents=False)
     with pytest.raises(ValueError, match=f"child of w is not written as layout {layout}"):
         child_layout.check_layout("w", state, torch.device("cpu"), 5000, contents=True)
+
+
+@pytest.mark.parametrize(
+    ("count", "runs", "on_cpus", "on_gpus"),
+    [
+        (0, 0, "runs", "runs"),
+        (24 * 100, 100, "runs", "runs"),
+        (24 * 100 - 1, 100, "indices", "indices"),
+        (6249, 6000, "indices", "indices"),
+        (6250, 6000, "words", "indices"),
+        (24_999, 20_000, "words", "indices"),
+        (25_000, 20_000, "words", "words"),
+    ],
+)
+def test_the_layout_suits_density_clustering_and_device(
+    count: int, runs: int, on_cpus: str, on_gpus: str
+) -> None:
+    for device, expected in (("cpu", on_cpus), ("cuda", on_gpus)):
+        found = child_layout.suitable_layout(count, runs, 100_000, torch.device(device))
+        assert found == expected

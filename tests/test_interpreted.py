@@ -41,8 +41,8 @@ class Run(NamedTuple):
         return "-".join(filter(None, (self.module, self.part)))
 
 
-_STEP = ("_step_scalars_kernel", "child_adamw_dense_kernel", "child_adamw_words_kernel")
-_ALL_OF_STEP = (*_STEP, "child_adamw_segments_kernel", "decay_outside_kernel")
+_STEP = ("_step_scalars_kernel", "_child_adamw_dense_kernel", "_child_adamw_words_kernel")
+_ALL_OF_STEP = (*_STEP, "_child_adamw_segments_kernel", "_decay_outside_kernel")
 # To a kernel the convention is a number: in the usual run a type and mask meet one of the two. Gradients
 # of fp32 and weights without a master are met, but not together.
 _PRODUCT = (

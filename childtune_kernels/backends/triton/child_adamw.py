@@ -17,11 +17,11 @@ from torch import Tensor
 
 from . import launch
 from .child_adamw_compact import (
-    child_adamw_segments_kernel,
-    child_adamw_words_kernel,
-    decay_outside_kernel,
+    _child_adamw_segments_kernel,
+    _child_adamw_words_kernel,
+    _decay_outside_kernel,
 )
-from .child_adamw_dense import child_adamw_dense_kernel
+from .child_adamw_dense import _child_adamw_dense_kernel
 from .device_plan import Combination, DevicePlan, Launch, cut_of
 from .step_scalars import step_scalars_
 
@@ -32,12 +32,12 @@ _TYPES = {
     torch.float16: tl.float16,
 }
 _KERNELS = {
-    "dense": child_adamw_dense_kernel,
-    "fixed": child_adamw_dense_kernel,
-    "words": child_adamw_words_kernel,
-    "indices": child_adamw_segments_kernel,
-    "runs": child_adamw_segments_kernel,
-    "outside": decay_outside_kernel,
+    "dense": _child_adamw_dense_kernel,
+    "fixed": _child_adamw_dense_kernel,
+    "words": _child_adamw_words_kernel,
+    "indices": _child_adamw_segments_kernel,
+    "runs": _child_adamw_segments_kernel,
+    "outside": _decay_outside_kernel,
 }
 
 

@@ -107,7 +107,7 @@ def _neighbours(local, rank, weight, grad, exp_avg, exp_avg_sq, master, row, MAS
 
 
 @triton.jit
-def child_adamw_segments_kernel(
+def _child_adamw_segments_kernel(
     rows, chunks, all_draws, all_scalars,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
     BERNOULLI: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
@@ -164,7 +164,7 @@ def child_adamw_segments_kernel(
 
 
 @triton.jit
-def child_adamw_words_kernel(
+def _child_adamw_words_kernel(
     rows, chunks, all_draws, all_scalars,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
     BERNOULLI: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, FULL: tl.constexpr,
@@ -218,7 +218,7 @@ def child_adamw_words_kernel(
 
 
 @triton.jit
-def decay_outside_kernel(
+def _decay_outside_kernel(
     rows, chunks, all_words, all_scalars,
     WEIGHT: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip

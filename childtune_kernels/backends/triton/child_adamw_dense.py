@@ -146,7 +146,7 @@ def _any_tile(
 
 
 @triton.jit
-def child_adamw_dense_kernel(
+def _child_adamw_dense_kernel(
     rows, chunks, all_draws, all_scalars,
     WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
     BERNOULLI: tl.constexpr, FIXED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
