@@ -16,7 +16,12 @@ from benchmarks import (
     moved_bytes,
     rounding,
 )
+from benchmarks.environment import installed
 from benchmarks.machine_code import MachineCode, Task
+
+pytestmark = pytest.mark.skipif(
+    installed("triton") is None, reason="Triton is not installed on this platform"
+)
 
 TOYS = "tests.toy_kernels"
 NVIDIA = ("sm_80", "sm_90", "sm_100")
