@@ -321,10 +321,16 @@ def table(codes: Iterable[MachineCode]) -> str:
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command: compile, print the table, name the faults; 1 where there are any."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.machine_code", description=__doc__)
-    parser.add_argument("--targets", nargs="+", default=list(gpu_limits.GENERATIONS))
-    parser.add_argument("--modules", nargs="+", default=kernel_modules())
+    known = list(gpu_limits.GENERATIONS)
+    parser.add_argument(
+        "--targets", nargs="+", choices=known, default=known, help="generations of GPUs"
+    )
+    modules = kernel_modules()
+    parser.add_argument(
+        "--modules", nargs="+", choices=modules, default=modules, help="modules of kernels"
+    )
     parser.add_argument("--only", default="", help="variants whose name contains this")
-    parser.add_argument("--workers", type=int, default=WORKERS)
+    parser.add_argument("--workers", type=int, default=WORKERS, help="processes that compile")
     chosen = parser.parse_args(arguments)
     todo = [t for t in tasks(chosen.modules, chosen.targets) if chosen.only in t.variant]
     if not todo:

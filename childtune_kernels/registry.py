@@ -60,7 +60,7 @@ class Choice:
 
 def _cell(op: str, backend: str, device: torch.device) -> Choice:
     if TABLE[op][backend] is None:
-        return Choice(op, backend, False, "no kernel of this op yet")
+        return Choice(op, backend, False, "no kernel: this op runs on the host, for every device")
     if backend == "reference":
         return Choice(op, backend, True, "plain PyTorch, serves every device")
     if backend == "triton":
@@ -92,7 +92,7 @@ def _triton_absent(device: torch.device) -> str | None:
     except Exception as error:  # one that does not go with this torch or Python fails in many ways
         return f"triton does not load ({error}); pip install triton"
     if device.type == "cpu" and not launch.INTERPRETED:
-        return "serves CPU tensors only under TRITON_INTERPRET=1, set before Python starts"
+        return "for GPUs; CPU tensors only under TRITON_INTERPRET=1, set before Triton is imported"
     return launch.failure(device.type)
 
 

@@ -23,7 +23,10 @@ from childtune_kernels import FusedChildAdamW
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-HEAD = {"tiny": True, "commit": "c0ffee", "environment": {"device_name": "a CPU"}}
+HEAD = {
+    "tiny": True, "commit": "c0ffee", "environment": {"device_name": "a CPU"}, "titles": {},
+    "dirty": False,
+}  # fmt: skip
 CASES = cases.cases_for(CPU, tiny=True)
 CONTESTS = contests.contests_for(Setting(CPU, tiny=True, deadline=0))
 SECTIONS = {"tests", "copy", *CASES, *CONTESTS, "sweep"}
@@ -241,10 +244,13 @@ def test_an_earlier_result_is_taken_up_again(tmp_path: Path) -> None:
     first = Ledger(tmp_path / "run.json", HEAD)
     first.put("records", [{"case": "bert_large", "variant": "plain"}], "bert_large")
     first.result["copy"] = [{"bytes": 1}]
+    first.result |= {"titles": {"bert_large": "BERT-large"}, "dirty": True}
     second = Ledger(tmp_path / "run.json", HEAD)
     second.resume(first.result)
     assert second.result["records"] == first.result["records"]
     assert second.result["copy"] == [{"bytes": 1}]
+    assert second.result["titles"] == {"bert_large": "BERT-large"}
+    assert second.result["dirty"]
     other = Ledger(tmp_path / "run.json", {**HEAD, "commit": "decade"})
     with pytest.raises(ValueError, match="commit was c0ffee, and is decade"):
         other.resume(first.result)

@@ -46,6 +46,7 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
         "--output", type=Path, help="the JSON (benchmarks/results/<date>-<gpu>.json)"
     )
     parser.add_argument("--resume", action="store_true", help="keep what the JSON has already")
+    parser.add_argument("--overwrite", action="store_true", help="replace a JSON that is there")
     options = parser.parse_args(arguments)
     options.minutes = options.minutes or (_TINY_MINUTES if options.tiny else _MINUTES)
     if options.tiny and os.environ.get("TRITON_INTERPRET", "0") == "0":
@@ -105,7 +106,8 @@ def _output(options: argparse.Namespace, head: dict[str, Any]) -> Path:
         path: Path = options.output
         return path
     folder = ROOT / "benchmarks" / "results" if not options.tiny else ROOT / "runs"
-    return folder / f"{head['date']}-{'tiny-' * options.tiny}{report.slug_of(head)}.json"
+    parts = [head["date"], "tiny" * options.tiny, report.slug_of(head), "sweep" * options.sweep]
+    return folder / f"{'-'.join(filter(None, parts))}.json"
 
 
 def _chosen(options: argparse.Namespace, known: list[str]) -> list[str]:
@@ -183,14 +185,18 @@ def main(arguments: list[str] | None = None) -> int:
     say("building the C++ extension where it is not there ...")
     built = build.build_extension(_BUILD_SECONDS)
     reason = built.get("reason", "").strip().splitlines()
-    say(f"C++ column: {': '.join([built['state'], *reason[-1:]])}; the GPU's columns need it not")
+    say(f"C++ extension: {': '.join([built['state'], *reason[-1:]])} (kernels on GPUs need none)")
     head = _head(setting, options, built)
     ledger = Ledger(_output(options, head), head)
     names = [*cases_for(device, options.tiny), *contests.contests_for(setting)]
     chosen = _chosen(options, [TESTS, COPY, *names, SWEEP])
     if options.sweep and options.only is None:
         chosen = [COPY, SWEEP]
-    if options.resume and ledger.path.exists():
+    if ledger.path.exists() and not (options.resume or options.overwrite or options.tiny):
+        options.refuse(f"{ledger.path} is there; --resume adds to it, --overwrite replaces it")
+    if options.resume and not ledger.path.exists():
+        say(f"--resume: {ledger.path} is not there yet, and is begun")
+    elif options.resume:
         try:
             ledger.resume(json.loads(ledger.path.read_text(encoding="utf-8")))
         except (KeyError, ValueError) as error:
@@ -207,12 +213,19 @@ def _finish(ledger: Ledger) -> int:
     result = ledger.result
     result["finished"] = True
     _judge(ledger)
-    picture = ledger.path.with_suffix(".png")
-    drawn = report.draw(result, picture)
-    text = report.section(result, picture.name if drawn else None)
-    ledger.path.with_suffix(".md").write_text(text + "\n", encoding="utf-8")
-    for line in targets.lines(result["targets"]):
+    tables, picture = (ledger.path.with_suffix(suffix) for suffix in (".md", ".png"))
+    tables.write_text(report.section(result, None) + "\n", encoding="utf-8")
+    try:
+        if report.draw(result, picture):
+            tables.write_text(report.section(result, picture.name) + "\n", encoding="utf-8")
+    except Exception as error:  # the figures matter more than their picture
+        say(f"no picture: {type(error).__name__}: {error}")
+    judged = [target for target in result["targets"] if target["value"] is not None]
+    for line in targets.lines(judged):
         say(line)
+    say(
+        f"{len(result['targets']) - len(judged)} of {len(result['targets'])} targets are not measured"
+    )
     say(f"{ledger.path}: written after {result['seconds']:.0f} s")
     failed = [name for name, entry in result["sections"].items() if entry["state"] == "failed"]
     return 1 if failed or result["proof"]["unproven"] else 0

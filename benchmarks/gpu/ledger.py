@@ -51,6 +51,8 @@ class Ledger:
             raise ValueError(f"the device was {before}, and is {now}")
         kept = {key: value for key, value in earlier.items() if key not in self.result}
         self.result |= kept | {name: earlier[name] for name in (*LISTS, "sections")}
+        self.result["titles"] = dict(earlier["titles"])
+        self.result["dirty"] |= earlier["dirty"]
 
     def put(
         self, name: str, records: list[Result], case: str, variant_key: str = "variant"

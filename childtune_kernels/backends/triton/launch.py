@@ -16,8 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-#: Whether kernels run in Triton's interpreter. Triton decides it when a kernel is defined.
-INTERPRETED = bool(triton.knobs.runtime.interpret)
+#: Whether kernels run in Triton's interpreter. Triton decides it when a function is defined, for its own
+#: library when it is imported.
+INTERPRETED = bool(triton.knobs.runtime.interpret) and not isinstance(tl.philox, triton.JITFunction)
 
 
 class Config(NamedTuple):
