@@ -5,9 +5,12 @@ A graph replays the kernels of a step with the addresses of its capture; the hos
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from . import registry
 from .step_plan import StepPlan
@@ -15,7 +18,52 @@ from .step_plan import StepPlan
 
 def is_capturing(device: torch.device) -> bool:
     """Whether what is launched on a device now goes into a graph instead of running."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def check_start(groups: Sequence[Mapping[str, Any]], plans: Sequence[StepPlan] | None) -> bool:
+    """Whether a step is being captured; if so, what must hold before anything of it is done.
+
+    What is computed during a capture is not there before a replay: plans must stand already.
+
+    Raises:
+        RuntimeError: a group without ``capturable``, no step before, or several devices.
+        ValueError: a parameter without a gradient, which every replay would leave out.
+    """
+    if plans is None:
+        devices = {parameter.device for group in groups for parameter in group["params"]}
+    else:
+        devices = {plan.device for plan in plans}
+    capturing = [device for device in devices if is_capturing(device)]
+    if not capturing:
+        return False
+    if not all(group["capturable"] for group in groups):
+        raise RuntimeError(
+            "step() is being captured into a CUDA graph, and capturable is False; build "
+            "FusedChildAdamW(..., capturable=True)"
+        )
+    if len(capturing) < len(devices):
+        raise RuntimeError(
+            f"step() is being captured into a CUDA graph on {capturing[0]} alone, and updates parameters on "
+            f"{len(devices)} devices; use an optimizer for each device"
+        )
+    if plans is None:
+        raise RuntimeError(
+            "step() is being captured into a CUDA graph before its first step, or after parameters or state "
+            "were exchanged; run forward, backward and step() once outside the graph, so that kernels and "
+            "tables are there"
+        )
+    missing = [row.label for plan in plans for row in plan.rows if row.parameter.grad is None]
+    if missing:
+        raise ValueError(
+            f"step() is being captured into a CUDA graph, and {len(missing)} parameters have no gradient "
+            f"({', '.join(missing[:4])}): every replay would skip them; capture backward and step "
+            "together, or leave them out of the optimizer"
+        )
+    return True
 
 
 def check_backend(
@@ -37,41 +85,20 @@ def check_backend(
         )
 
 
-def check_capture(plan: StepPlan) -> None:
-    """Refuse to capture a step that could not be replayed.
-
-    Raises:
-        RuntimeError: a group without ``capturable``, a plan that has not stepped yet.
-        ValueError: a parameter without a gradient.
-    """
-    if not all(group["capturable"] for group in plan.groups):
-        raise RuntimeError(
-            "step() is being captured into a CUDA graph, and capturable is False; build "
-            "FusedChildAdamW(..., capturable=True)"
-        )
-    if not plan.placed:
-        raise RuntimeError(
-            "step() is being captured into a CUDA graph before its first step; run forward, backward and "
-            "step() once outside the graph, so that kernels and tables are there"
-        )
-    missing = [row.label for row in plan.rows if row.parameter.grad is None]
-    if missing:
-        raise ValueError(
-            f"step() is being captured into a CUDA graph, and {len(missing)} parameters have no gradient "
-            f"({', '.join(missing[:4])}): every replay would skip them; capture backward and step "
-            "together, or leave them out of the optimizer"
-        )
-
-
 class Captures:
-    """The captures of one optimizer; plans in it stay alive, and with them all that graphs point at."""
+    """The captures of one optimizer: all that graphs point at stays alive, gradients and options too."""
 
     def __init__(self) -> None:
         self._plans: list[tuple[StepPlan, bytes, dict[str, int]]] = []
+        self._held: list[Any] = []
 
-    def add(self, plan: StepPlan) -> None:
-        """Note that a step of this plan has been captured."""
-        self._plans.append((plan, plan.placed, plan.addresses))
+    def add(self, plans: Sequence[StepPlan]) -> None:
+        """Note that a step of these plans has been captured."""
+        for plan in plans:
+            self._plans.append((plan, plan.placed, plan.addresses))
+            self._held += [row.parameter.grad for row in plan.rows]
+            options = chain.from_iterable(map(dict.values, plan.groups))
+            self._held += [option for option in options if isinstance(option, Tensor)]
 
     def check_unmoved(self, plans: Sequence[StepPlan]) -> None:
         """Refuse an eager step where weights or state lie elsewhere than a graph knows.

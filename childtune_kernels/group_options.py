@@ -116,8 +116,15 @@ def _check_choices(group: Mapping[str, Any], where: str) -> None:
 
 def _on_device(name: str, value: Any, device: torch.device | None, where: str) -> tuple[int, bool]:
     """Address of an option that is a tensor on ``device`` (0: it is not), and whether it is fp64."""
-    if not isinstance(value, torch.Tensor) or value.device != device:
+    if device is None or not isinstance(value, torch.Tensor):
         return 0, False
+    if value.device != device:
+        if value.device.type == "cpu":
+            return 0, False
+        raise ValueError(
+            f"{name} ({where}) lies on {value.device}, the parameters on {device}; with capturable=True "
+            "each device needs a group with a tensor of its own"
+        )
     if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
         raise ValueError(
             f"{name}={value!r} ({where}) must have one element of float32 or float64 with capturable=True"
@@ -154,6 +161,11 @@ def group_numbers(
             "be 0/0 in its first step; use eps=1e-8"
         )
     device = device if group["capturable"] else None
+    if device is not None and any(isinstance(beta, torch.Tensor) for beta in group["betas"]):
+        raise ValueError(
+            f"betas={group['betas']!r} ({where}) must be numbers with capturable=True: reading a tensor "
+            "would wait for the device"
+        )
     lr_address, lr_is_double = _on_device("lr", group["lr"], device, where)
     decay_address, decay_is_double = _on_device(
         "weight_decay", group["weight_decay"], device, where

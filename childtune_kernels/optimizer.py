@@ -204,34 +204,36 @@ class FusedChildAdamW(Optimizer):
     def _update(self) -> None:
         # What is made in inference mode could never be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
-            plans = self._current_plans()
-            capturing = [graph_capture.is_capturing(plan.device) for plan in plans]
-            for plan, captured in zip(plans, capturing, strict=True):
-                if captured:
-                    graph_capture.check_capture(plan)
+            standing = self._standing_plans()
+            capturing = graph_capture.check_start(self.param_groups, standing)
+            plans = self._new_plans() if standing is None else standing
+            for plan in plans:
                 plan.refresh(self._seen[1])
             self._captures.check_unmoved(plans)
-            for plan, captured in zip(plans, capturing, strict=True):
-                tables = plan.rows, plan.row_table, plan.group_table
-                ops.child_adamw_(*tables, plan.choice, plan.kept, captured)
-                if captured:
-                    self._captures.add(plan)
-                plan.finish()
+            for plan in plans:
+                plan.run(capturing)
+            if capturing:
+                self._captures.add(plans)
 
-    def _current_plans(self) -> list[StepPlan]:
-        """The plans, made anew where groups, parameters or state were exchanged by hand."""
-        groups, state = self.param_groups, self.state
-        if self._plans:
-            seen = ops.observe_groups(groups, state, self._seen, self._plans[0].observer)
-            if seen[0] == self._seen[0]:
+    def _standing_plans(self) -> list[StepPlan] | None:
+        """The plans, unless groups, parameters or state were exchanged by hand since they were made."""
+        plans, groups, before = self._plans, self.param_groups, self._seen
+        if plans:
+            seen = ops.observe_groups(groups, self.state, before, plans[0].observer)
+            if seen[0] == before[0]:
                 self._seen = seen
-                return self._plans
-        self._plans = self._make_plans()
-        if self._plans:
-            self._seen = ops.observe_groups(groups, state, NOTHING_SEEN, self._plans[0].observer)
+                return plans
+        return None
+
+    def _new_plans(self) -> list[StepPlan]:
+        plans, groups = self._make_plans(), self.param_groups
+        if plans:
+            self._seen = ops.observe_groups(groups, self.state, NOTHING_SEEN, plans[0].observer)
             # As long as they live, no other object has the identity of one of them.
-            self._planned = [groups[:], *(group["params"][:] for group in groups), *state.values()]
-        return self._plans
+            members = (group["params"][:] for group in groups)
+            self._planned = [groups[:], *members, *self.state.values()]
+        self._plans = plans
+        return plans
 
     def _make_plans(self) -> list[StepPlan]:
         """One plan a device; the steps of its parameters become views of one tensor."""

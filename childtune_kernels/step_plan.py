@@ -33,6 +33,8 @@ from .plan_row import (
 )
 
 _MAPS = {"element_map", "storage_map"}
+# The options that a parameter's state must go with (state_tensors.check_options).
+_KINDS = ("child_state", "master_weight", "freeze_non_child")
 _NOTHING = b"", b"", b""
 
 
@@ -159,7 +161,9 @@ class StepPlan:
         self._rows_of_group: list[list[Row]] = [[] for _ in self.groups]
         for row in self.rows:
             self._rows_of_group[row.group_index].append(row)
+        self._has_child = [any(row.masked for row in rows) for rows in self._rows_of_group]
         self._options: list[Any] = [None] * len(self.groups)
+        self._kinds: list[Any] = [None] * len(self.groups)
         self._seeds = [group["seed"] for group in self.groups]
         self._key_counts = [0] * len(self.groups)
         self._decays_outside = [False] * len(self.groups)
@@ -256,8 +260,10 @@ class StepPlan:
         self._copies.append(copy)
         self._row_data[self._at(index, "grad")] = copy.data_ptr()
 
-    def finish(self) -> None:
-        """Drop what only the step needed, and tell autograd that the weights have changed."""
+    def run(self, capturing: bool = False) -> None:
+        """Step what ``refresh`` found (ops.child_adamw_), and tell autograd that weights have changed."""
+        tables = self.rows, self.row_table, self.group_table
+        ops.child_adamw_(*tables, self.choice, self.kept, capturing)
         self._copies.clear()
         torch.autograd.graph.increment_version(self._changing)
         for group in self._writes_outside:
@@ -278,7 +284,12 @@ class StepPlan:
                 continue
             rows = self._rows_of_group[index]
             self._options[index] = None
-            masked = any(row.masked for row in rows)
+            masked = self._has_child[index]
+            if group["capturable"] and self.choice.backend != "triton":
+                raise ValueError(
+                    f"capturable=True (group of {rows[0].label}) is for backend 'triton' on GPUs, not "
+                    f"{self.choice.backend!r}; use capturable=False"
+                )
             numbers = group_numbers(group, masked, f"group of {rows[0].label}", self.device)
             start = index * GROUP_WIDTH
             for name, at in GROUP_COLUMN.items():
@@ -287,7 +298,12 @@ class StepPlan:
             self._decays_outside[index] = decays_outside
             for row in rows:
                 row.numbers = numbers
-                state_tensors.check_options(row.label, row.parameter, row.state, group)
+            kinds = tuple(group[name] for name in _KINDS)
+            if kinds != self._kinds[index]:
+                self._kinds[index] = None
+                for row in rows:
+                    state_tensors.check_options(row.label, row.parameter, row.state, group)
+                self._kinds[index] = kinds
             if group["seed"] != self._seeds[index]:
                 self._take_seed(index, rows, group["seed"])
             # A tensor or list can change and still be the same object: it is read at every step.

@@ -27,6 +27,15 @@ def test_only_triton_is_capturable(backend: str | None) -> None:
     assert len(optimizer.param_groups) == 1
 
 
+def test_capturable_is_refused_in_a_group_too() -> None:
+    parameters = toy_parameters()
+    optimizer = FusedChildAdamW(parameters.items())
+    give_gradients(parameters, 0)
+    optimizer.param_groups[0]["capturable"] = True
+    with pytest.raises(ValueError, match=r"capturable=True .* is for backend 'triton'"):
+        optimizer.step()
+
+
 def test_capturable_is_true_or_false() -> None:
     with pytest.raises(ValueError, match=r"capturable=1 .* must be True or False"):
         FusedChildAdamW(toy_parameters().items(), capturable=1)  # type: ignore[arg-type]
@@ -72,6 +81,11 @@ def test_numbers_name_the_tensors_that_kernels_read() -> None:
     )
     assert numbers.may_decay
     assert float(numbers.lr_address) == numbers.lr_address
+    with pytest.raises(ValueError, match=r"betas=.* must be numbers with capturable=True"):
+        group_numbers({**group, "betas": (torch.tensor(0.9), 0.99)}, False, "here", CPU)
+    elsewhere = {**group, "lr": torch.empty((), device="meta")}
+    with pytest.raises(ValueError, match=r"lr .here. lies on meta, the parameters on cpu"):
+        group_numbers(elsewhere, False, "here", CPU)
     for other, device in ((group, torch.device("meta")), ({**group, "capturable": False}, CPU)):
         numbers = group_numbers(other, False, "here", device)
         assert (numbers.lr, numbers.weight_decay, numbers.lr_address) == (0.5, 0.25, 0)

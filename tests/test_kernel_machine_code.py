@@ -81,24 +81,9 @@ def expected_bytes(variant: str) -> float | None:
     return 2 * weight + grad + 4 * moment + 8 * ("master" in parts)
 
 
-def is_short(task: Task) -> bool:
-    """Of the other targets, one variant of each kernel and mask kind in fp32 and in bf16 with masters."""
-    if task.target == "sm_90" or not task.variant.startswith("child_adamw"):
-        return True
-    return "-float32-float32" in task.variant or "-bfloat16-float32-master" in task.variant
-
-
 TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
 by_task = pytest.mark.parametrize(
-    "task",
-    [
-        pytest.param(
-            task,
-            id=f"{task.variant}-{task.target}",
-            marks=[] if is_short(task) else pytest.mark.slow,
-        )
-        for task in TASKS
-    ],
+    "task", TASKS, ids=[f"{task.variant}-{task.target}" for task in TASKS]
 )
 
 

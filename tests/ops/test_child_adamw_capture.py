@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
+import weakref
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any
 
 import pytest
@@ -211,8 +214,36 @@ def test_capture_needs_capturable(column: str, graph: Graph) -> None:
 
 
 def test_capture_needs_a_first_step(column: str, graph: Graph) -> None:
+    """And is refused before anything is computed: during a capture nothing would be."""
     run = Run(torch.float32, column, masked=False)
+    steps = [state["step"] for state in run.optimizer.state.values()]
     check_refused(run, graph, RuntimeError, "outside the graph")
+    left = [state["step"] for state in run.optimizer.state.values()]
+    assert all(map(is_, left, steps))
+
+
+def test_what_a_graph_uses_stays_alive(column: str, graph: Graph) -> None:
+    """Whatever later steps use: tables, numbers and chunk maps, gradients, tensor options."""
+    run = captured(column, graph)
+    weight = run.parameters["plain"]
+    assert run.optimizer._plans is not None
+    plan = run.optimizer._plans[0].kept["device_plan"]
+    used = [
+        plan.draws,
+        plan.count,
+        *plan.scalars.values(),
+        *(each.chunks for each in plan.launches),
+    ]
+    alive = [weakref.ref(tensor) for tensor in (*used, weight.grad, run.lr)]
+    del used, plan
+    if isinstance(graph, Recording):  # which holds what it was given; a graph holds nothing
+        graph.launches.clear()
+    weight.grad = torch.zeros_like(weight)
+    run.optimizer.defaults["lr"] = run.lr = torch.tensor(0.5, device=DEVICE)
+    run.optimizer.param_groups[0].update(lr=run.lr, reserve_p=1.0)
+    run.optimizer.step()
+    gc.collect()
+    assert all(reference() is not None for reference in alive)
 
 
 def test_capture_needs_every_gradient(column: str, graph: Graph) -> None:

@@ -48,7 +48,7 @@ def _expected(
     plan = StepPlan([row], [group], registry.choose("child_adamw", "cpu", "reference"))
     with torch.no_grad():
         plan.refresh()
-        ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice, plan.kept)
+        plan.run()
     return {"weight": parameter.detach(), **_moments(parameter, state)}
 
 

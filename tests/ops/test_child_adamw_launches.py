@@ -136,3 +136,31 @@ def test_launches_are_planned_anew_only_for_other_ones(
     optimizer.param_groups[0]["reserve_p"] = 0.5
     optimizer.step()
     assert len(planned) == 2
+
+
+@pytest.mark.parametrize("failing", ["_plan_launches", "_send"])
+def test_a_failure_while_planning_leaves_nothing_stale(
+    failing: str, column: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The step that failed can be taken again, and is the one that was asked for."""
+    from childtune_kernels.backends.triton import device_plan
+
+    members, expected = named_parameters("a"), named_parameters("a")
+    optimizers = [FusedChildAdamW(each, seed=3, backend=column) for each in (members, expected)]
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.param_groups[0]["reserve_p"] = 0.3
+    with monkeypatch.context() as patch:
+
+        def fail(plan: Any, *arguments: Any) -> bool:
+            if arguments[0] == "rows":
+                return True
+            raise torch.OutOfMemoryError
+
+        patch.setattr(device_plan.DevicePlan, failing, fail)
+        with pytest.raises(torch.OutOfMemoryError):
+            optimizers[0].step()
+    for optimizer in optimizers:
+        optimizer.step()
+    for (_, parameter), (_, other) in zip(members, expected, strict=True):
+        assert torch.equal(parameter, other)

@@ -122,8 +122,7 @@ def stepped(
             row.parameter.grad = placed(_in_memory(view(gradient), offset), backend)
         with torch.no_grad():
             plan.refresh()
-            ops.child_adamw_(plan.rows, plan.row_table, plan.group_table, plan.choice, plan.kept)
-            plan.finish()
+            plan.run()
     return _joined(rows, shards, sizes)
 
 

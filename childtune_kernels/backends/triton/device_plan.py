@@ -96,10 +96,11 @@ class DevicePlan:
         self.launches: list[Launch] = []
         self._host: dict[str, Tensor] = {}
         self._on_device: dict[str, Tensor] = {}
-        self._structure: Tensor | None = None
+        self._structure = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._whole = False
         self._held: list[Any] = []
         self._spare: list[Tensor] = []
-        self._captured: list[Tensor] = []
+        self._captured: list[Any] = []
 
     def refresh(
         self, rows: Sequence[Any], row_table: Tensor, group_table: Tensor
@@ -112,18 +113,21 @@ class DevicePlan:
         Returns:
             The tables on the device.
         """
+        # Until all of it stands, nothing may be taken for planned.
+        was_whole, self._whole = self._whole, False
         known = self._host.get("rows")
         other_rows = self._send("rows", row_table) and not _differ_in_gradients(known, row_table)
-        if self._send("groups", group_table) or other_rows:
+        if self._send("groups", group_table) or other_rows or not was_whole:
             structure = self._structure_of(row_table, group_table)
-            if self._structure is None or not torch.equal(structure, self._structure):
-                self._structure = structure
+            if not was_whole or not torch.equal(structure, self._structure):
                 self._make_room(len(rows))
                 self._plan_launches(rows, row_table, group_table)
+                self._structure = structure
         if not self._spare:
             self._spare = [
                 launch.pinned_like(table, self.device) for table in (row_table, group_table)
             ]
+        self._whole = True
         return self._on_device["rows"], self._on_device["groups"]
 
     def captured(self, row_table: Tensor, group_table: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,11 +140,7 @@ class DevicePlan:
             RuntimeError: nothing is ready, or the step would need other launches than the last one.
         """
         structure = self._structure_of(row_table, group_table)
-        if (
-            not self._spare
-            or self._structure is None
-            or not torch.equal(structure, self._structure)
-        ):
+        if not self._spare or not self._whole or not torch.equal(structure, self._structure):
             raise RuntimeError(
                 "step() is being captured into a CUDA graph, and the last step was another one (parameters, "
                 "gradient types or masks have changed since, or it was captured too); call step() once "
@@ -153,7 +153,9 @@ class DevicePlan:
             target = torch.empty_like(table, device=self.device)
             launch.send_(target, block)
             sent.append(target)
-        self._captured += [*pinned, *sent]
+        # A later plan of other launches takes new ones: the graph goes on with these.
+        own = (self.draws, self.scalars, self.count, self.launches, self._held)
+        self._captured.append((pinned, sent, own))
         return sent[0], sent[1]
 
     def _send(self, name: str, table: Tensor) -> bool:
@@ -161,12 +163,12 @@ class DevicePlan:
         known = self._host.get(name)
         if known is not None and torch.equal(known.view(torch.int64), table.view(torch.int64)):
             return False
-        self._host[name] = table.clone()
         if known is None:
             self._on_device[name] = launch.upload(table, self.device)
         else:
             # A block of its own: an earlier one may still be on its way.
             launch.send_(self._on_device[name], launch.pinned_like(table, self.device).copy_(table))
+        self._host[name] = table.clone()
         return True
 
     @staticmethod
