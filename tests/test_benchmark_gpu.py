@@ -30,7 +30,11 @@ HEAD = {
 CASES = cases.cases_for(CPU, tiny=True)
 CONTESTS = contests.contests_for(Setting(CPU, tiny=True, deadline=0))
 SECTIONS = {"tests", "copy", *CASES, *CONTESTS, "sweep"}
-CHILDTUNE = {"plain", "ct_f_0.3", "plain_graph", "ct_d_0.1_runs", "plain_bf16"}
+CHILDTUNE = {
+    variant.name
+    for variant in variants.variants_of(CASES["bert_large"], tiny=True)
+    if variant.family == "childtune"
+}
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not for this platform"
