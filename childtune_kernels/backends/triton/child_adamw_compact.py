@@ -13,9 +13,9 @@ import triton.language as tl
 from ...plan_row import INDICES_UNIT
 from . import plan_columns as plan
 from . import step_scalars
-from .adamw_math import decayed, narrowed, step_of, widened
-from .child_adamw_dense import child_bits, full_tile, misaligned
-from .philox import keep_bits, mapped_index
+from .adamw_math import decayed, narrowed, widened
+from .child_adamw_dense import child_bits, full_tile, misaligned, step_of_lanes
+from .philox import mapped_index
 
 UNIT_OF_INDICES = tl.constexpr(INDICES_UNIT)
 
@@ -54,44 +54,6 @@ def _local_of_ranks(start, lane, exists, row, first, count, RUNS: tl.constexpr):
         places = plan.address(row, plan.CHILD_PLACES, tl.int16) + start
         within = tl.load(places + lane, exists, 0).to(tl.int64) & (UNIT_OF_INDICES - 1)
         return (first + segment) * UNIT_OF_INDICES + within
-
-
-@triton.jit
-def _step_of_lanes(
-    local, rank, exists, weight, grad, exp_avg, exp_avg_sq, master, row, draws, scalars,
-    MASTER: tl.constexpr, BERNOULLI: tl.constexpr,
-):  # fmt: skip
-    """The step of child elements wherever they lie: lanes that exist, given by local index and rank.
-
-    Ranks (int32) count from where the pointers of the state show.
-    """
-    place = local
-    if tl.load(row + plan.STORAGE_CONTIGUOUS) == 0:
-        place = mapped_index(local, row + plan.STORAGE_MAP)
-    stored = tl.load(weight + place, exists)
-    g = tl.load(grad + place, exists)
-    m = tl.load(exp_avg + rank, exists)
-    v = tl.load(exp_avg_sq + rank, exists)
-    if MASTER:
-        old_master = tl.load(master + rank, exists)
-    else:
-        old_master = stored
-    keep = True
-    if BERNOULLI:
-        element = local + tl.load(row + plan.ELEMENT_MAP)
-        if tl.load(row + plan.ELEMENT_CONTIGUOUS) == 0:
-            element = mapped_index(local, row + plan.ELEMENT_MAP)
-        step, threshold = tl.load(draws), tl.load(draws + 1).to(tl.uint32)
-        keep = keep_bits(element, tl.load(row + plan.PHILOX_KEY), step, threshold, 0)
-    new_stored, new, m, v = step_of(
-        stored, old_master, g, m, v, keep, True, scalars,
-        weight.dtype.element_ty, MASTER, BERNOULLI, False,
-    )  # fmt: skip
-    tl.store(weight + place, new_stored, exists)
-    tl.store(exp_avg + rank, m, exists)
-    tl.store(exp_avg_sq + rank, v, exists)
-    if MASTER:
-        tl.store(master + rank, new, exists)
 
 
 @triton.jit
@@ -154,12 +116,13 @@ def _child_adamw_segments_kernel(
                 exists = lane < lanes
                 local = _local_of_ranks(start, lane, exists, row, first, count, RUNS)
                 # Addresses are loaded again in every turn: meanwhile they take no registers.
-                _step_of_lanes(
-                    local, lane, exists, plan.address(row, plan.WEIGHT, WEIGHT),
+                step_of_lanes(
+                    local, lane, exists, True, plan.address(row, plan.WEIGHT, WEIGHT),
                     plan.address(row, plan.GRAD, GRAD), plan.address(row, plan.EXP_AVG, MOMENT) + start,
                     plan.address(row, plan.EXP_AVG_SQ, MOMENT) + start,
                     plan.address(row, plan.MASTER_WEIGHT, MOMENT) + start,
-                    row, draws, scalars, MASTER, BERNOULLI,
+                    tl.load(row + plan.STORAGE_CONTIGUOUS), tl.load(row + plan.ELEMENT_CONTIGUOUS),
+                    tl.load(row + plan.PHILOX_KEY), row, draws, scalars, MASTER, BERNOULLI, False,
                 )  # fmt: skip
 
 
@@ -210,9 +173,11 @@ def _child_adamw_words_kernel(
                 rank = before_word[:, None] + set_bits(word[:, None] & below)
                 exists = ((word[:, None] >> bit) & 1) != 0
                 local = start + (place[:, None] * 32 + bit)
-                _step_of_lanes(
-                    local, rank, exists, weight, grad, exp_avg + rank0, exp_avg_sq + rank0,
-                    master + rank0, row, draws, scalars, MASTER, BERNOULLI,
+                step_of_lanes(
+                    local, rank, exists, True, weight, grad, exp_avg + rank0, exp_avg_sq + rank0,
+                    master + rank0, tl.load(row + plan.STORAGE_CONTIGUOUS),
+                    tl.load(row + plan.ELEMENT_CONTIGUOUS),
+                    tl.load(row + plan.PHILOX_KEY), row, draws, scalars, MASTER, BERNOULLI, False,
                 )  # fmt: skip
                 rank0 += tl.sum(counts, 0)
 

@@ -98,6 +98,45 @@ def full_tile(
 
 
 @triton.jit
+def step_of_lanes(
+    local, rank, exists, child, weight, grad, exp_avg, exp_avg_sq, master,
+    contiguous, whole, key, row, draws, scalars,
+    MASTER: tl.constexpr, BERNOULLI: tl.constexpr, FIXED: tl.constexpr,
+):  # fmt: skip
+    """The step of elements wherever they lie: lanes that exist, given by local index and rank.
+
+    The rank is an element's place in the state, from where its pointers show. ``child``: as for ``step_of``.
+    """
+    place = local
+    if contiguous == 0:
+        place = mapped_index(local, row + plan.STORAGE_MAP)
+    stored = tl.load(weight + place, exists)
+    g = tl.load(grad + place, exists)
+    m = tl.load(exp_avg + rank, exists)
+    v = tl.load(exp_avg_sq + rank, exists)
+    if MASTER:
+        old_master = tl.load(master + rank, exists)
+    else:
+        old_master = stored
+    keep = True
+    if BERNOULLI:
+        element = local + tl.load(row + plan.ELEMENT_MAP)
+        if whole == 0:
+            element = mapped_index(local, row + plan.ELEMENT_MAP)
+        step, threshold = tl.load(draws), tl.load(draws + 1).to(tl.uint32)
+        keep = keep_bits(element, key, step, threshold, 0)
+    new_stored, new, m, v = step_of(
+        stored, old_master, g, m, v, keep, child, scalars,
+        weight.dtype.element_ty, MASTER, BERNOULLI, FIXED,
+    )  # fmt: skip
+    tl.store(weight + place, new_stored, exists)
+    tl.store(exp_avg + rank, m, exists)
+    tl.store(exp_avg_sq + rank, v, exists)
+    if MASTER:
+        tl.store(master + rank, new, exists)
+
+
+@triton.jit
 def _any_tile(
     weight, grad, exp_avg, exp_avg_sq, master, words, start, left, row, draws, scalars,
     MASTER: tl.constexpr, BERNOULLI: tl.constexpr, FIXED: tl.constexpr, LANES: tl.constexpr,
@@ -106,43 +145,20 @@ def _any_tile(
 
     Pointers show the tensors' first elements.
     """
-    contiguous = tl.load(row + plan.STORAGE_CONTIGUOUS) != 0
-    whole = tl.load(row + plan.ELEMENT_CONTIGUOUS) != 0
+    contiguous = tl.load(row + plan.STORAGE_CONTIGUOUS)
+    whole = tl.load(row + plan.ELEMENT_CONTIGUOUS)
     key = tl.load(row + plan.PHILOX_KEY)
     for at in range(0, left, LANES):
         lane = at + tl.arange(0, LANES)
         inside = lane < left
         local = start + lane
-        place = local
-        if not contiguous:
-            place = mapped_index(local, row + plan.STORAGE_MAP)
-        stored = tl.load(weight + place, inside)
-        g = tl.load(grad + place, inside)
-        m = tl.load(exp_avg + local, inside)
-        v = tl.load(exp_avg_sq + local, inside)
-        if MASTER:
-            old_master = tl.load(master + local, inside)
-        else:
-            old_master = stored
-        keep = True
         child = True
-        if BERNOULLI:
-            element = local + tl.load(row + plan.ELEMENT_MAP)
-            if not whole:
-                element = mapped_index(local, row + plan.ELEMENT_MAP)
-            step, threshold = tl.load(draws), tl.load(draws + 1).to(tl.uint32)
-            keep = keep_bits(element, key, step, threshold, 0)
         if FIXED:
             child = child_bits(words, tl.where(inside, local, start))
-        new_stored, new, m, v = step_of(
-            stored, old_master, g, m, v, keep, child, scalars,
-            weight.dtype.element_ty, MASTER, BERNOULLI, FIXED,
+        step_of_lanes(
+            local, local, inside, child, weight, grad, exp_avg, exp_avg_sq, master,
+            contiguous, whole, key, row, draws, scalars, MASTER, BERNOULLI, FIXED,
         )  # fmt: skip
-        tl.store(weight + place, new_stored, inside)
-        tl.store(exp_avg + local, m, inside)
-        tl.store(exp_avg_sq + local, v, inside)
-        if MASTER:
-            tl.store(master + local, new, inside)
 
 
 @triton.jit

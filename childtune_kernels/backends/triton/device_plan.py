@@ -62,11 +62,12 @@ def cut_of(combination: Combination, generation: str) -> Cut:
     fp64 takes twice the registers; a Bernoulli mask over scattered children a Philox block an element.
     """
     op = "child_adamw" if combination.layout in ("dense", "fixed") else "child_adamw_compact"
-    tile, num_warps = launch.config(op, generation)
+    config = launch.config(op, generation)
+    tile, num_warps = config
     words = combination.layout == "words"
     if generation == "interpreter":
         return Cut(WORDS_UNIT if words else tile, WORDS_UNIT, tile, num_warps)
-    threads = num_warps * launch.warp_size(generation)
+    threads = launch.lanes(generation, config)
     double = combination.moment == torch.float64
     full = tile // 2 if double else tile
     scattered = threads if combination.bernoulli or double else 2 * threads
@@ -180,7 +181,7 @@ class DevicePlan:
     def _make_room(self, count: int) -> None:
         """The tables that the prologue of a step writes."""
         width = int(step_scalars.WIDTH)
-        self.count = launch.upload(torch.tensor([count], device="cpu"), self.device)
+        self.count = launch.table([count], self.device)
         self.draws = torch.zeros((count, 2), dtype=torch.int64, device=self.device)
         self.scalars = {
             dtype: torch.zeros((count, width), dtype=dtype, device=self.device)
@@ -220,12 +221,12 @@ class DevicePlan:
 
     def _words_of(self, rows: Sequence[Any], indexes: Sequence[int]) -> Tensor:
         """The addresses of mask words by row; words that no state has are made, and held."""
-        addresses = torch.zeros(len(rows), dtype=torch.int64, device="cpu")
+        addresses = [0] * len(rows)
         for index in indexes:
             words = rows[index].mask_words
             self._held.append(words)
             addresses[index] = words.data_ptr()
-        return launch.upload(addresses, self.device)
+        return launch.table(addresses, self.device)
 
 
 def _differ_in_gradients(known: Tensor | None, row_table: Tensor) -> bool:

@@ -59,9 +59,8 @@ def keep_words(
     """Keep bits as mask words (contract: ops.keep_words)."""
     tile, num_warps = launch.config("keep_words", launch.generation(device))
     words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=device)
-    # Numbers go by table: an integer argument would be compiled into the kernel where it is 1.
     numbers = [numel, key - (key >> 63 << 64), step, purpose, threshold, *element_map.columns()]
-    table = launch.upload(torch.tensor(numbers, dtype=torch.int64, device="cpu"), device)
+    table = launch.table(numbers, device)
     programs = -(-numel // tile)
     launch.launch(_keep_words_kernel, programs, device, (words, table), {"TILE": tile}, num_warps)
     return words

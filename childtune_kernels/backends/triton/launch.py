@@ -109,11 +109,6 @@ def lanes(of_generation: str, of_config: Config) -> int:
     return of_config.num_warps * warp_size(of_generation)
 
 
-def generations() -> list[str]:
-    """The generations that kernels are compiled for and checked on ahead of time."""
-    return list(_GENERATIONS)
-
-
 @triton.jit
 def _probe_kernel(written):
     tl.store(written, 1)
