@@ -11,15 +11,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import graph_capture, ops, parameters, registry, state_dicts, state_tensors
+from . import graph_capture, parameters, registry, state_dicts, state_tensors
 from .child_mask import ChildMask
-from .group_options import WROTE_OUTSIDE, check_seed, check_spelling, group_numbers
-from .labels import philox_key
-from .plan_row import contiguous_map
-from .step_plan import Row, StepPlan, check_row
+from .group_options import WROTE_OUTSIDE, check_spelling, group_numbers
+from .step_planner import StepPlanner, state_of
 from .summary import summary_table
-
-NOTHING_SEEN = b"", b""
 
 
 class FusedChildAdamW(Optimizer):
@@ -116,10 +112,7 @@ class FusedChildAdamW(Optimizer):
             "seed": seed,
         }
         self._backend = backend
-        self._plans: list[StepPlan] | None = None
-        self._planned: list[Any] = []
-        self._seen: tuple[Any, Any] = NOTHING_SEEN
-        self._captures = graph_capture.Captures()
+        self._planner = StepPlanner(backend)
         self._default_mask = child_mask
         group_numbers(defaults, child_mask is not None, "the constructor")
         super().__init__(params, defaults)
@@ -138,7 +131,7 @@ class FusedChildAdamW(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, not {type(param_group).__name__}")
-        self._captures.refuse("add_param_group")
+        self._planner.captures.refuse("add_param_group")
         where = f"group {len(self.param_groups)}"
         self._refuse_other_seed(param_group, where)
         group = {**self.defaults, **param_group}
@@ -163,7 +156,7 @@ class FusedChildAdamW(Optimizer):
         super().add_param_group(group)
         for parameter, state in zip(tensors, states, strict=True):
             self.state[parameter] = state
-        self._plans = None
+        self._planner.forget()
 
     def _refuse_other_seed(self, param_group: dict[str, Any], where: str) -> None:
         own = {"seed": self.defaults["seed"], "backend": self._backend}
@@ -202,81 +195,7 @@ class FusedChildAdamW(Optimizer):
     # A compiled training step breaks its graph here: a plan reads addresses, which a trace has not.
     @torch._disable_dynamo
     def _update(self) -> None:
-        # What is made in inference mode could never be changed outside it.
-        with torch.inference_mode(False), torch.no_grad():
-            standing = self._standing_plans()
-            capturing = graph_capture.check_start(self.param_groups, standing)
-            plans = self._new_plans() if standing is None else standing
-            for plan in plans:
-                plan.refresh(self._seen[1])
-            self._captures.check_unmoved(plans)
-            for plan in plans:
-                plan.run(capturing)
-            if capturing:
-                self._captures.add(plans)
-
-    def _standing_plans(self) -> list[StepPlan] | None:
-        """The plans, unless groups, parameters or state were exchanged by hand since they were made."""
-        plans, groups, before = self._plans, self.param_groups, self._seen
-        if plans:
-            seen = ops.observe_groups(groups, self.state, before, plans[0].observer)
-            if seen[0] == before[0]:
-                self._seen = seen
-                return plans
-        return None
-
-    def _new_plans(self) -> list[StepPlan]:
-        plans, groups = self._make_plans(), self.param_groups
-        if plans:
-            self._seen = ops.observe_groups(groups, self.state, NOTHING_SEEN, plans[0].observer)
-            # As long as they live, no other object has the identity of one of them.
-            members = (group["params"][:] for group in groups)
-            self._planned = [groups[:], *members, *self.state.values()]
-        self._plans = plans
-        return plans
-
-    def _make_plans(self) -> list[StepPlan]:
-        """One plan a device; the steps of its parameters become views of one tensor."""
-        members: dict[torch.device, list[Row]] = {}
-        groups: dict[torch.device, list[dict[str, Any]]] = {}
-        for number, group in enumerate(self.param_groups):
-            check_seed(group["seed"], f"group {number}")
-            if len(group["param_names"]) != len(group["params"]):
-                raise ValueError(
-                    f"group {number} has {len(group['params'])} parameters and "
-                    f"{len(group['param_names'])} param_names; change both, or use add_param_group"
-                )
-            for label, parameter in zip(group["param_names"], group["params"], strict=True):
-                of_device = groups.setdefault(parameter.device, [])
-                if not of_device or of_device[-1] is not group:
-                    of_device.append(group)
-                row = Row(
-                    label=label,
-                    parameter=parameter,
-                    state=self._state_of(label, parameter),
-                    group_index=len(of_device) - 1,
-                    philox_key=philox_key(group["seed"], label),
-                    element_map=contiguous_map(parameter.numel()),
-                )
-                check_row(row)
-                members.setdefault(parameter.device, []).append(row)
-        plans = []
-        for device, rows in members.items():
-            choice = registry.choose("child_adamw", device, self._backend)
-            steps = torch.stack([row.step.to(device) for row in rows])
-            for row, step in zip(rows, steps.unbind(), strict=True):
-                row.state["step"] = step
-            plans.append(StepPlan(rows, groups[device], choice))
-        return plans
-
-    def _state_of(self, label: str, parameter: Tensor) -> dict[str, Tensor]:
-        state: dict[str, Tensor] | None = self.state.get(parameter)
-        if not state:
-            raise ValueError(
-                f"state of {label} is missing, and with it the mask, if it had one; load a state dict, "
-                "build the optimizer anew, or add new parameters with add_param_group"
-            )
-        return state
+        self._planner.step(self.param_groups, self.state)
 
     def load_state_dict(self, state_dict: dict[str, Any], *, relabel: bool = False) -> None:
         """Continue from a saved state, of FusedChildAdamW or of ``torch.optim.AdamW``.
@@ -292,7 +211,7 @@ class FusedChildAdamW(Optimizer):
         Raises:
             ValueError: groups, labels, shapes or options that do not fit; nothing has changed.
         """
-        self._captures.refuse("load_state_dict")
+        self._planner.captures.refuse("load_state_dict")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
@@ -339,7 +258,7 @@ class FusedChildAdamW(Optimizer):
         Raises:
             ValueError: a mask that does not fit, or an unknown ``new_state``; nothing has changed.
         """
-        self._captures.refuse("set_child_mask")
+        self._planner.captures.refuse("set_child_mask")
         if new_state not in ("keep", "reset"):
             raise ValueError(f"new_state={new_state!r} must be 'keep' or 'reset'")
         states = []
@@ -349,7 +268,7 @@ class FusedChildAdamW(Optimizer):
             for label, parameter in zip(group["param_names"], group["params"], strict=True):
                 own = words.get(label)
                 if new_state == "keep":
-                    current = self._state_of(label, parameter)
+                    current = state_of(label, parameter, self.state)
                     state = state_tensors.moved_state(label, parameter, current, own, group)
                 else:
                     state = state_tensors.initial_state(label, parameter, own, group)
@@ -359,7 +278,7 @@ class FusedChildAdamW(Optimizer):
                 group[WROTE_OUTSIDE] = True
         for parameter, state in states:
             self.state[parameter] = state
-        self._plans = None
+        self._planner.forget()
 
     def to_adamw_state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.AdamW.load_state_dict`` takes it.
@@ -396,5 +315,6 @@ class FusedChildAdamW(Optimizer):
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
         self._default_mask = None
-        self._plans, self._planned, self._seen = None, [], NOTHING_SEEN
-        self.__dict__.setdefault("_captures", graph_capture.Captures())
+        captures = self.__dict__.get("_planner", StepPlanner(None)).captures
+        self._planner = StepPlanner(self._backend)
+        self._planner.captures = captures

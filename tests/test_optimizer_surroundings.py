@@ -79,8 +79,8 @@ def test_strides_of_dimensions_of_one_element_need_no_copy() -> None:
     convolution.weight.grad = gradient
     optimizer = FusedChildAdamW(convolution.named_parameters())
     optimizer.step()
-    assert optimizer._plans is not None
-    assert optimizer._plans[0]._copied_rows == []
+    assert optimizer._planner.plans is not None
+    assert optimizer._planner.plans[0]._copied_rows == []
 
 
 def test_parameters_that_overlap_are_refused() -> None:

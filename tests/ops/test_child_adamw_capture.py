@@ -226,8 +226,8 @@ def test_what_a_graph_uses_stays_alive(column: str, graph: Graph) -> None:
     """Whatever later steps use: tables, numbers and chunk maps, gradients, tensor options."""
     run = captured(column, graph)
     weight = run.parameters["plain"]
-    assert run.optimizer._plans is not None
-    plan = run.optimizer._plans[0].kept["device_plan"]
+    assert run.optimizer._planner.plans is not None
+    plan = run.optimizer._planner.plans[0].kept["device_plan"]
     used = [
         plan.draws,
         plan.count,

@@ -1,0 +1,152 @@
+"""Which plans a step takes: one a device, made anew where groups, parameters or state were exchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import graph_capture, ops, registry
+from .group_options import check_seed
+from .labels import philox_key
+from .plan_row import contiguous_map
+from .step_plan import Row, StepPlan, check_row
+
+_NOTHING_SEEN = b"", b""
+
+Groups = list[dict[str, Any]]
+
+
+class StepPlanner:
+    """The plans of one optimizer, as they are now, and what graphs have captured of them.
+
+    Args:
+        backend: the requested backend of op child_adamw, or None.
+    """
+
+    def __init__(self, backend: str | None) -> None:
+        self.backend = backend
+        self.captures = graph_capture.Captures()
+        self.plans: list[StepPlan] | None = None
+        self._planned: list[Any] = []
+        self._seen: tuple[Any, Any] = _NOTHING_SEEN
+
+    def forget(self) -> None:
+        """Plan anew at the next step: groups or state have been replaced."""
+        self.plans = None
+
+    def step(self, groups: Groups, states: dict[Tensor, Any]) -> None:
+        """Update every parameter that has a gradient.
+
+        Raises:
+            ValueError: an option, state or gradient that does not fit; nothing was written.
+            RuntimeError: what a CUDA graph cannot hold.
+        """
+        # What is made in inference mode could never be changed outside it.
+        with torch.inference_mode(False), torch.no_grad():
+            standing = self._standing_plans(groups, states)
+            capturing = graph_capture.check_start(groups, standing)
+            plans = self._new_plans(groups, states) if standing is None else standing
+            for plan in plans:
+                plan.refresh(self._seen[1])
+            self.captures.check_unmoved(plans)
+            for plan in plans:
+                plan.run(capturing)
+            if capturing:
+                self.captures.add(plans)
+
+    def _standing_plans(self, groups: Groups, states: dict[Tensor, Any]) -> list[StepPlan] | None:
+        """The plans, unless groups, parameters or state were exchanged by hand since they were made."""
+        plans, before = self.plans, self._seen
+        if plans:
+            seen = ops.observe_groups(groups, states, before, plans[0].observer)
+            if seen[0] == before[0]:
+                self._seen = seen
+                return plans
+        return None
+
+    def _new_plans(self, groups: Groups, states: dict[Tensor, Any]) -> list[StepPlan]:
+        plans = self._make_plans(groups, states)
+        if plans:
+            self._seen = ops.observe_groups(groups, states, _NOTHING_SEEN, plans[0].observer)
+            # As long as they live, no other object has the identity of one of them.
+            members = (group["params"][:] for group in groups)
+            self._planned = [groups[:], *members, *states.values()]
+        self.plans = plans
+        return plans
+
+    def _make_plans(self, all_groups: Groups, states: Mapping[Tensor, Any]) -> list[StepPlan]:
+        """One plan a device; the steps of its parameters become views of one tensor."""
+        members: dict[torch.device, list[Row]] = {}
+        groups: dict[torch.device, Groups] = {}
+        for number, group in enumerate(all_groups):
+            check_group(group, f"group {number}")
+            for label, parameter in zip(group["param_names"], group["params"], strict=True):
+                of_device = groups.setdefault(parameter.device, [])
+                if not of_device or of_device[-1] is not group:
+                    of_device.append(group)
+                row = row_of(label, parameter, states, len(of_device) - 1, group)
+                members.setdefault(parameter.device, []).append(row)
+        plans = []
+        for device, rows in members.items():
+            choice = registry.choose("child_adamw", device, self.backend)
+            steps = torch.stack([row.step.to(device) for row in rows])
+            for row, step in zip(rows, steps.unbind(), strict=True):
+                row.state["step"] = step
+            plans.append(StepPlan(rows, groups[device], choice))
+        return plans
+
+
+def check_group(group: Mapping[str, Any], where: str) -> None:
+    """Refuse a group whose seed is none, or whose labels do not go with its parameters.
+
+    Raises:
+        ValueError: names the group.
+    """
+    check_seed(group["seed"], where)
+    if len(group["param_names"]) != len(group["params"]):
+        raise ValueError(
+            f"{where} has {len(group['params'])} parameters and {len(group['param_names'])} param_names; "
+            "change both, or use add_param_group"
+        )
+
+
+def row_of(
+    label: str,
+    parameter: Tensor,
+    states: Mapping[Tensor, Any],
+    group_index: int,
+    group: Mapping[str, Any],
+) -> Row:
+    """The checked row of a parameter in a plan whose group ``group_index`` is ``group``.
+
+    Raises:
+        ValueError: its state is missing or does not fit.
+    """
+    row = Row(
+        label=label,
+        parameter=parameter,
+        state=state_of(label, parameter, states),
+        group_index=group_index,
+        philox_key=philox_key(group["seed"], label),
+        element_map=contiguous_map(parameter.numel()),
+    )
+    check_row(row)
+    return row
+
+
+def state_of(label: str, parameter: Tensor, states: Mapping[Tensor, Any]) -> dict[str, Tensor]:
+    """The state of a parameter.
+
+    Raises:
+        ValueError: there is none.
+    """
+    state: dict[str, Tensor] | None = states.get(parameter)
+    if not state:
+        raise ValueError(
+            f"state of {label} is missing, and with it the mask, if it had one; load a state dict, "
+            "build the optimizer anew, or add new parameters with add_param_group"
+        )
+    return state
