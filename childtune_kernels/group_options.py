@@ -17,19 +17,21 @@ from .plan_row import GroupNumbers
 CHOICES = {
     "convention": ("torch", "original"),
     "child_state": ("auto", "compact", "dense"),
-    "master_weight": ("auto", "fp32", "none"),
+    "master_weight": ("auto", "split", "fp32", "stochastic", "none"),
 }
 FLAGS = ("freeze_non_child", "correct_bias", "maximize", "capturable")
 NUMBERS = ("lr", "betas", "eps", "weight_decay", "reserve_p")
 # Accepted so that FusedChildAdamW drops into scripts written for torch.optim.AdamW.
 DROP_IN = ("amsgrad", "fused", "foreach")
-OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, *DROP_IN)
+OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, "state_dtype", *DROP_IN)
+#: What ``state_dtype`` may be; None: the type that computes.
+STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 # What a group notes of its run: whether weights outside its present child have been written.
 WROTE_OUTSIDE = "wrote_outside_child"
 GROUP_KEYS = (*OPTIONS, WROTE_OUTSIDE, "seed", "params", "param_names")
 
 #: All that a step depends on, looked at anew at every step.
-watched_options = operator.itemgetter(*NUMBERS, *FLAGS, *CHOICES, "amsgrad", "seed")
+watched_options = operator.itemgetter(*NUMBERS, *FLAGS, *CHOICES, "state_dtype", "amsgrad", "seed")
 
 
 def _number(name: str, value: Any, where: str) -> float:
@@ -107,6 +109,10 @@ def _check_choices(group: Mapping[str, Any], where: str) -> None:
     for name in FLAGS:
         if not isinstance(group[name], bool):
             raise ValueError(f"{name}={group[name]!r} ({where}) must be True or False")
+    if group["state_dtype"] not in STATE_DTYPES:
+        raise ValueError(
+            f"state_dtype={group['state_dtype']!r} ({where}) must be None, torch.float32 or torch.bfloat16"
+        )
     if group["amsgrad"]:
         raise ValueError(
             f"amsgrad={group['amsgrad']!r} ({where}) is not supported; use amsgrad=False"
@@ -184,6 +190,7 @@ def group_numbers(
         original_convention=group["convention"] == "original",
         correct_bias=group["correct_bias"],
         maximize=group["maximize"],
+        stochastic_rounding=group["master_weight"] == "stochastic",
         lr_address=lr_address,
         lr_is_double=lr_is_double,
         weight_decay_address=decay_address,

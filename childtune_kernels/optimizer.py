@@ -47,8 +47,12 @@ class FusedChildAdamW(Optimizer):
         child_state: with a ``child_mask``, ``"compact"`` keeps moments (and master weights) of the child's
             elements alone, ``"dense"`` of every weight; results are the same bits. ``"auto"`` is compact,
             but for 16-bit parameters that decay outside the child (``freeze_non_child=False``).
-        master_weight: of bf16 and fp16 parameters: ``"fp32"`` (``"auto"``) keeps an fp32 copy in the
-            state, ``"none"`` updates the rounded weights themselves.
+        master_weight: of bf16 and fp16 parameters. ``"split"`` (``"auto"`` for bf16): weight and an int16 in
+            the state together are an fp32 master. ``"fp32"`` (``"auto"`` for fp16): an fp32 copy in the
+            state. ``"stochastic"`` (bf16): no master, weights are rounded at random, without bias.
+            ``"none"``: no master, weights are rounded to nearest, and small updates are lost.
+        state_dtype: of both moments. ``torch.bfloat16`` halves them, rounded at random, without bias; None is
+            the type that computes, fp32 (fp64 for fp64 parameters).
         capturable: on GPUs, lets ``step()`` be captured into a CUDA graph. An ``lr`` or ``weight_decay`` that
             is a tensor there is then read by every step and replay, unchecked; other options are those of
             the capture.
@@ -61,7 +65,7 @@ class FusedChildAdamW(Optimizer):
         ValueError: an option out of range, a parameter or mask that does not fit (SPEC.md, "Errors").
         RuntimeError: the requested backend cannot serve.
 
-    Source: Xu et al., EMNLP 2021; SPEC.md, eq. 1 to 12.
+    Source: Xu et al., EMNLP 2021; SPEC.md, eq. 1 to 12, 17 and 18.
     """
 
     def __init__(
@@ -82,6 +86,7 @@ class FusedChildAdamW(Optimizer):
         backend: str | None = None,
         child_state: str = "auto",
         master_weight: str = "auto",
+        state_dtype: torch.dtype | None = None,
         capturable: bool = False,
         amsgrad: bool = False,
         fused: bool | None = None,
@@ -104,6 +109,7 @@ class FusedChildAdamW(Optimizer):
             "maximize": maximize,
             "child_state": child_state,
             "master_weight": master_weight,
+            "state_dtype": state_dtype,
             "capturable": capturable,
             "amsgrad": amsgrad,
             "fused": fused,
@@ -288,6 +294,21 @@ class FusedChildAdamW(Optimizer):
         """
         members = list(chain.from_iterable(group["params"] for group in self.param_groups))
         return state_dicts.adamw_state_dict(self.state_dict(), members)
+
+    def master_state_dict(self) -> dict[str, Tensor]:
+        """The parameters with all the precision that training has given them, by label.
+
+        Returns:
+            New fp32 tensors for 16-bit parameters: the masters, or the weights where there are none; the
+            other parameters themselves, detached.
+
+        Source: SPEC.md, eq. 12 and 17.
+        """
+        return {
+            label: state_tensors.full_precision(parameter, state_of(label, parameter, self.state))
+            for group in self.param_groups
+            for label, parameter in zip(group["param_names"], group["params"], strict=True)
+        }
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors: moments, master weights, mask words and steps."""

@@ -11,17 +11,21 @@ MAP_LEVELS = 4
 
 # Each column is 8 bytes. csrc/plan_row.h declares the same ones; backends/cpp.py compares the two.
 ROW_FIELDS = (
-    "active,group,numel,weight_dtype,grad_dtype,weight,grad,exp_avg,exp_avg_sq,master_weight,"
-    "mask_words,child_layout,child_count,run_count,child_ranks,child_places,step,philox_key,"
+    "active,group,numel,weight_dtype,grad_dtype,moment_dtype,master_kind,weight,grad,exp_avg,"
+    "exp_avg_sq,master,mask_words,child_layout,child_count,run_count,child_ranks,child_places,step,"
+    "philox_key,"
     "element_contiguous,storage_contiguous,element_map:9,storage_map:9"
 )
 GROUP_FIELDS = (
     "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
-    "correct_bias,maximize,lr_address,lr_is_double,weight_decay_address,weight_decay_is_double"
+    "correct_bias,maximize,stochastic_rounding,lr_address,lr_is_double,weight_decay_address,"
+    "weight_decay_is_double"
 )
 
 # How the child of a row with compact state is written down (SPEC.md, "Child layouts").
 LAYOUT_CODES = {"dense": 0, "words": 1, "indices": 2, "runs": 3}
+# What stands beside a weight: nothing, an fp32 master (eq. 12) or an int16 remainder (eq. 17).
+MASTER_CODES = {"none": 0, "fp32": 1, "split": 2}
 WORDS_UNIT = 1 << 12  # elements between two child_ranks of layout "words"
 INDICES_UNIT = 1 << 16  # and of layout "indices"
 
@@ -59,6 +63,7 @@ class GroupNumbers(NamedTuple):
     original_convention: bool
     correct_bias: bool
     maximize: bool
+    stochastic_rounding: bool = False
     lr_address: int = 0
     lr_is_double: bool = False
     weight_decay_address: int = 0

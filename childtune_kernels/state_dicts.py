@@ -18,8 +18,8 @@ from .labels import is_positional, label_of
 
 _ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
 _TORCH_ONLY = ("capturable", "differentiable", "decoupled_weight_decay", "fused", "foreach")
-# How this optimizer keeps its state, which changes no result: not the saved run's affair.
-_OWN_CHOICES = ("child_state", "capturable")
+# How this optimizer keeps its state: not the saved run's affair.
+_OWN_CHOICES = ("child_state", "master_weight", "state_dtype", "capturable")
 
 State = Mapping[str, Any]
 Groups = list[dict[str, Any]]
@@ -242,8 +242,10 @@ def _saved_tensor(
             f"state {name} of {label} is {found} in the state dict; expected shape {tuple(shape)} for a "
             f"parameter of shape {tuple(parameter.shape)}"
         )
-    if not tensor.is_floating_point():
-        raise ValueError(f"state {name} of {label} is of {tensor.dtype}; it must be floating point")
+    integers = name.endswith(state_tensors.MASTERS["split"])
+    if tensor.dtype != torch.int16 if integers else not tensor.is_floating_point():
+        expected = "int16" if integers else "floating point"
+        raise ValueError(f"state {name} of {label} is of {tensor.dtype}; it must be {expected}")
     return tensor.to(parameter.device)
 
 

@@ -11,8 +11,16 @@ from torch import Tensor
 from . import child_layout, ops
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+#: What a 16-bit weight's master is kept in, by kind: fp32 (SPEC.md, eq. 12) or an int16 remainder (eq. 17).
+MASTERS = {"fp32": "master_weight", "split": "master_remainder"}
+_MASTER_NAMES = {
+    "fp32": "an fp32 master weight",
+    "split": "a master remainder",
+    "none": "no master",
+}
+_MASTER_DTYPES = {"master_weight": torch.float32, "master_remainder": torch.int16}
 #: What has a value a weight, or with compact state a value a child element.
-ELEMENTWISE = (*MOMENTS, "master_weight")
+ELEMENTWISE = (*MOMENTS, *MASTERS.values())
 
 State = Mapping[str, Tensor]
 
@@ -22,9 +30,27 @@ def key(name: str, compact: bool) -> str:
     return f"child_{name}" if compact else name
 
 
-def has_master(parameter: Tensor, master_weight: str) -> bool:
-    """Whether a parameter keeps an fp32 master under this ``master_weight`` option (eq. 12)."""
-    return master_weight != "none" and parameter.dtype in ops.HALF_TYPES
+def master_kind(parameter: Tensor, master_weight: str) -> str:
+    """What a parameter's ``master_weight`` option comes to: "fp32", "split", "stochastic" or "none"."""
+    if parameter.dtype not in ops.HALF_TYPES:
+        return "none"
+    if master_weight == "auto":
+        return "split" if parameter.dtype == torch.bfloat16 else "fp32"
+    return master_weight
+
+
+def kept_master(state: State) -> str:
+    """The kind of master that a state holds: "fp32", "split" or "none"."""
+    for kind, name in MASTERS.items():
+        if name in state or key(name, True) in state:
+            return kind
+    return "none"
+
+
+def moment_dtype(parameter: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
+    """The type of a parameter's moments under this ``state_dtype`` option."""
+    compute = ops.compute_dtype(parameter.dtype)
+    return compute if state_dtype is None else state_dtype
 
 
 def master_of(parameter: Tensor) -> Tensor:
@@ -40,7 +66,12 @@ def _wants_compact(parameter: Tensor, group: Mapping[str, Any]) -> bool:
     """
     if group["child_state"] != "auto":
         return bool(group["child_state"] == "compact")
-    return bool(group["freeze_non_child"]) or not has_master(parameter, group["master_weight"])
+    return bool(group["freeze_non_child"]) or not _decays_exactly(parameter, group)
+
+
+def _decays_exactly(parameter: Tensor, group: Mapping[str, Any]) -> bool:
+    """Whether more than the stored 16-bit weight takes its decay: a master, or random rounding."""
+    return master_kind(parameter, group["master_weight"]) != "none"
 
 
 def initial_state(
@@ -55,15 +86,21 @@ def initial_state(
     Raises:
         ValueError: compact state that the other options do not allow.
     """
-    device, compute = parameter.device, ops.compute_dtype(parameter.dtype)
+    device = parameter.device
+    _check_types(label, parameter, group)
     state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     compact = words is not None and _wants_compact(parameter, group)
     shape: Any = parameter.shape
     if words is not None:
         shape = (ops.count_mask(words),) if compact else shape
     for name in MOMENTS:
-        state[key(name, compact)] = torch.zeros(shape, dtype=compute, device=device)
-    if has_master(parameter, group["master_weight"]):
+        dtype = moment_dtype(parameter, group["state_dtype"])
+        state[key(name, compact)] = torch.zeros(shape, dtype=dtype, device=device)
+    kind = master_kind(parameter, group["master_weight"])
+    if kind == "split":
+        remainder = torch.zeros(shape, dtype=torch.int16, device=device)
+        state[key("master_remainder", compact)] = remainder
+    elif kind == "fp32":
         master = master_of(parameter)
         if words is not None and compact:
             master = child_layout.gather_child(master, words)
@@ -102,6 +139,7 @@ def moved_state(
     was_compact, compact = child_layout.is_compact(state), child_layout.is_compact(moved)
     old_words = child_layout.mask_words(state, parameter.numel())
     moved["step"].copy_(state["step"])
+    state = _with_masters_of(parameter, state, kept_master(moved), old_words)
     same = old_words is not None and words is not None and torch.equal(old_words, words)
     for name in ELEMENTWISE:
         source, target = key(name, was_compact), key(name, compact)
@@ -120,13 +158,51 @@ def moved_state(
             moved[target].copy_(values)
         else:
             child = ops.unpack_mask(words, parameter.shape)
-            if name == "master_weight":
+            if name in MASTERS.values():
                 before = torch.ones_like(child)
                 if old_words is not None:
                     before = ops.unpack_mask(old_words, parameter.shape)
                 child = child | ~before
             moved[target].copy_(torch.where(child, values, moved[target]))
     return moved
+
+
+def _with_masters_of(
+    parameter: Tensor, state: State, kind: str, words: Tensor | None
+) -> dict[str, Tensor]:
+    """A state whose masters are kept as another kind keeps them; ``words``: of its child."""
+    old = kept_master(state)
+    compact = child_layout.is_compact(state)
+    changed = dict(state)
+    if old == kind or old == "none":
+        return changed
+    masters = changed.pop(key(MASTERS[old], compact))
+    if kind == "split":
+        changed[key("master_remainder", compact)] = ops.remainder_of(masters)
+    elif kind == "fp32":
+        weights = parameter.detach()
+        if compact:
+            assert words is not None
+            weights = child_layout.gather_child(weights, words)
+        changed[key("master_weight", compact)] = ops.joined_master(weights, masters)
+    return changed
+
+
+def full_precision(parameter: Tensor, state: State) -> Tensor:
+    """A 16-bit parameter in fp32, with all the precision that its state holds; others themselves."""
+    kind, weight = kept_master(state), parameter.detach()
+    if parameter.dtype not in ops.HALF_TYPES:
+        return weight
+    if kind == "none":
+        return master_of(parameter)
+    compact = child_layout.is_compact(state)
+    words = child_layout.mask_words(state, parameter.numel())
+    stored = child_layout.gather_child(weight, words) if compact and words is not None else weight
+    masters = state[key(MASTERS[kind], compact)]
+    current = (ops.joined_master if kind == "split" else ops.current_master)(stored, masters)
+    if not compact or words is None:
+        return current
+    return child_layout.scatter_child_(master_of(parameter), current, words)
 
 
 def _spread_out(parameter: Tensor, name: str, values: Tensor, words: Tensor | None) -> Tensor:
@@ -150,11 +226,15 @@ def saved_state(parameter: Tensor, state: State) -> dict[str, Tensor]:
 
 
 def dense_moments(parameter: Tensor, state: State) -> dict[str, Tensor]:
-    """exp_avg and exp_avg_sq of a saved or live state in the parameter's shape."""
+    """exp_avg and exp_avg_sq of a saved or live state, in the parameter's shape and its computing type."""
+    compute = ops.compute_dtype(parameter.dtype)
     if not child_layout.is_compact(state):
-        return {name: state[name] for name in MOMENTS}
+        return {name: state[name].to(compute) for name in MOMENTS}
     words = child_layout.mask_words(state, parameter.numel())
-    return {name: _spread_out(parameter, name, state[key(name, True)], words) for name in MOMENTS}
+    return {
+        name: _spread_out(parameter, name, state[key(name, True)], words).to(compute)
+        for name in MOMENTS
+    }
 
 
 def check_state(label: str, parameter: Tensor, state: State, *, contents: bool = True) -> None:
@@ -170,13 +250,12 @@ def check_state(label: str, parameter: Tensor, state: State, *, contents: bool =
         if not isinstance(value, Tensor):
             raise ValueError(f"state {name} of {label} must be a tensor, not {value!r}")
     compact = child_layout.is_compact(state)
-    compute = ops.compute_dtype(parameter.dtype)
     shape: Any = tuple(state["child_exp_avg"].shape[:1]) if compact else tuple(parameter.shape)
-    expected = dict.fromkeys(MOMENTS, compute) | {"master_weight": torch.float32}
+    expected = dict.fromkeys(MOMENTS, _moments_of(parameter, state, compact)) | _MASTER_DTYPES
     for plain, dtype in expected.items():
         name = key(plain, compact)
         tensor = state.get(name)
-        if tensor is None and plain == "master_weight":
+        if tensor is None and plain in _MASTER_DTYPES:
             continue
         if (
             not isinstance(tensor, Tensor)
@@ -201,6 +280,14 @@ def check_state(label: str, parameter: Tensor, state: State, *, contents: bool =
         ops.check_words(label, words, parameter.numel())
         if words.device != parameter.device or not words.is_contiguous():
             raise ValueError(f"mask of {label}: words must be contiguous, on {parameter.device}")
+
+
+def _moments_of(parameter: Tensor, state: State, compact: bool) -> torch.dtype:
+    """The type that the moments of a state must have: bf16 where both may be and the first one is."""
+    compute = ops.compute_dtype(parameter.dtype)
+    first = state.get(key("exp_avg", compact))
+    rounded = isinstance(first, Tensor) and first.dtype == torch.bfloat16
+    return torch.bfloat16 if rounded and compute == torch.float32 else compute
 
 
 def check_shape(label: str, parameter: Tensor, state: Mapping[str, Any]) -> None:
@@ -238,13 +325,21 @@ def check_options(label: str, parameter: Tensor, state: State, group: Mapping[st
     Raises:
         ValueError: masters or compact moments that the options do not have, or the reverse.
     """
+    _check_types(label, parameter, group)
     compact = child_layout.is_compact(state)
-    expected = has_master(parameter, group["master_weight"])
-    if expected != (key("master_weight", compact) in state):
+    kind, kept = master_kind(parameter, group["master_weight"]), kept_master(state)
+    expected = kind if kind in MASTERS else "none"
+    if expected != kept:
         raise ValueError(
-            f"state of {label} {'lacks a' if expected else 'has a'} master weight, which does not "
-            f"go with master_weight={group['master_weight']!r} and a weight of {parameter.dtype}; "
+            f"state of {label} has {_MASTER_NAMES[kept]}, which does not go with "
+            f"master_weight={group['master_weight']!r} and a weight of {parameter.dtype}; "
             "build the optimizer anew and load its state dict"
+        )
+    moments = state[key("exp_avg", compact)].dtype
+    if moments != moment_dtype(parameter, group["state_dtype"]):
+        raise ValueError(
+            f"state of {label} has moments of {moments}, which does not go with "
+            f"state_dtype={group['state_dtype']}; build the optimizer anew and load its state dict"
         )
     wanted = group["child_state"]
     if child_layout.has_child(state) and wanted != "auto" and compact != (wanted == "compact"):
@@ -252,9 +347,28 @@ def check_options(label: str, parameter: Tensor, state: State, group: Mapping[st
             f"state of {label} is {'compact' if compact else 'dense'}, which does not go with "
             f"child_state={wanted!r}; call optimizer.set_child_mask after a change of child_state"
         )
-    if compact and expected and not group["freeze_non_child"]:
+    if compact and _decays_exactly(parameter, group) and not group["freeze_non_child"]:
         raise ValueError(
-            f"freeze_non_child=False with compact state and a weight of {parameter.dtype} ({label}): "
-            "decay outside the child needs the master weights that compact state leaves out; use "
-            "child_state='dense'"
+            f"freeze_non_child=False with compact state, a weight of {parameter.dtype} ({label}) and "
+            f"master_weight={group['master_weight']!r}: decay outside the child needs more precision than "
+            "compact state keeps there; use child_state='dense'"
+        )
+
+
+def _check_types(label: str, parameter: Tensor, group: Mapping[str, Any]) -> None:
+    """Refuse formats that are not for a parameter's type.
+
+    Raises:
+        ValueError: names the parameter and the option.
+    """
+    kind = master_kind(parameter, group["master_weight"])
+    if kind in ("split", "stochastic") and parameter.dtype != torch.bfloat16:
+        raise ValueError(
+            f"master_weight={kind!r} is for bfloat16, and {label} is of {parameter.dtype}: 16 bits more do "
+            "not hold its master; use master_weight='fp32' or 'auto' in its group"
+        )
+    if group["state_dtype"] is not None and parameter.dtype == torch.float64:
+        raise ValueError(
+            f"state_dtype={group['state_dtype']} is not for {label}, which is of {parameter.dtype}; use "
+            "state_dtype=None in its group"
         )

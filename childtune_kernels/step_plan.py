@@ -24,6 +24,7 @@ from .plan_row import (
     GROUP_COLUMN,
     GROUP_WIDTH,
     LAYOUT_CODES,
+    MASTER_CODES,
     ROW_COLUMN,
     ROW_WIDTH,
     GroupNumbers,
@@ -34,7 +35,7 @@ from .plan_row import (
 
 _MAPS = {"element_map", "storage_map"}
 # The options that a parameter's state must go with (state_tensors.check_options).
-_KINDS = ("child_state", "master_weight", "freeze_non_child")
+_KINDS = ("child_state", "master_weight", "state_dtype", "freeze_non_child")
 _NOTHING = b"", b"", b""
 
 
@@ -76,8 +77,18 @@ class Row:
         return self.state["step"]
 
     @property
-    def master_weight(self) -> Tensor | None:
-        return self.state.get(state_tensors.key("master_weight", self.compact))
+    def master_kind(self) -> str:
+        return state_tensors.kept_master(self.state)
+
+    @property
+    def master(self) -> Tensor | None:
+        """fp32 masters or int16 remainders, where the state holds them."""
+        name = state_tensors.MASTERS.get(self.master_kind)
+        return None if name is None else self.state[state_tensors.key(name, self.compact)]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        return ops.compute_dtype(self.parameter.dtype)
 
     @property
     def mask_words(self) -> Tensor | None:
@@ -337,7 +348,7 @@ class StepPlan:
             raise ValueError(f"parameter {row.label}: {error}; call .contiguous() on it") from None
         if numel == 0 or parameter.is_contiguous():
             storage = contiguous_map(numel)
-        state, master = row.state, row.master_weight
+        state = row.state
         layout = child_layout.layout_of(state)
         runs = state.get("child_runs")
         columns: dict[str, Any] = {
@@ -347,7 +358,9 @@ class StepPlan:
             "weight": parameter.data_ptr(),
             "exp_avg": row.exp_avg.data_ptr(),
             "exp_avg_sq": row.exp_avg_sq.data_ptr(),
-            "master_weight": _address(master),
+            "moment_dtype": DTYPE_CODES[row.exp_avg.dtype],
+            "master_kind": MASTER_CODES[row.master_kind],
+            "master": _address(row.master),
             "mask_words": _address(state.get("mask_words")),
             "child_layout": LAYOUT_CODES[layout],
             "child_count": row.exp_avg.numel(),

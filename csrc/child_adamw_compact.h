@@ -10,10 +10,10 @@ constexpr int kGatherWords = 1024;
 constexpr int kGatherPlaces = 512;
 constexpr int kGatherLimit = kGatherWords + kBlock;  // whole vectors are stored behind the last element
 
-template <class Weight, class Grad>
+template <class T>
 struct Gathered {
-  alignas(64) Weight weight[kGatherLimit];
-  alignas(64) Grad grad[kGatherLimit];
+  alignas(64) typename T::Weight weight[kGatherLimit];
+  alignas(64) typename T::Grad grad[kGatherLimit];
 };
 
 // Child elements of a stretch of the tensor.
@@ -30,43 +30,41 @@ CHILDTUNE_INLINE int64_t local_of(const Chunk& chunk, int at) {
 }
 
 // Steps `count` neighbouring elements, whose state begins at `rank`. `keep` holds their keep bits.
-template <class Weight, class Grad, class Real>
-void update_span(const PlanRow& row, const RowStep<Real>& step, Weight* weight, const Grad* grad, int count,
-                 int64_t rank, const uint64_t* keep) {
-  constexpr int kLanes = kVectorBytes / int(sizeof(Real));
+template <class T>
+void update_span(const PlanRow& row, const RowStep<typename T::Real>& step, typename T::Weight* weight,
+                 const typename T::Grad* grad, int count, int64_t rank, const uint64_t* keep, RoundingWords words) {
+  constexpr int kLanes = T::kLanes;
   constexpr uint64_t kAll = ~uint64_t(0);
-  Real* const exp_avg = reinterpret_cast<Real*>(row.exp_avg) + rank;
-  Real* const exp_avg_sq = reinterpret_cast<Real*>(row.exp_avg_sq) + rank;
-  Real* const masters = row.master_weight ? reinterpret_cast<Real*>(row.master_weight) + rank : nullptr;
-  const AdamWScalars<Real> scalars = step.scalars;
+  const Block<T> state = block_at<T>(row, rank, words);
+  const Block<T> span = {weight, grad, state.exp_avg, state.exp_avg_sq, state.master, words};
+  const AdamWScalars<typename T::Real> scalars = step.scalars;
   int at = 0;
   for (; at + kLanes <= count; at += kLanes) {
-    const Block<Weight, Grad> block = {weight + at, grad + at, exp_avg + at, exp_avg_sq + at,
-                                       masters ? masters + at : nullptr};
     const uint64_t kept = keep == nullptr ? kAll : keep[at / kBlock] >> (at % kBlock);
-    update_vector<true>(block, 0, kAll, kept, scalars);
+    update_vector<true>(span, at, kAll, kept, scalars);
   }
   if (at == count) return;
-  Weight last_weight[kLanes] = {};
-  Grad last_grad[kLanes] = {};
-  Real last_exp_avg[kLanes] = {}, last_exp_avg_sq[kLanes] = {}, last_master[kLanes] = {};
+  typename T::Weight last_weight[kLanes] = {};
+  typename T::Grad last_grad[kLanes] = {};
+  typename T::Moment last_exp_avg[kLanes] = {}, last_exp_avg_sq[kLanes] = {};
+  typename T::Master last_master[kLanes] = {};
   const int rest = count - at;
   for (int lane = 0; lane < rest; ++lane) {
     last_weight[lane] = weight[at + lane];
     last_grad[lane] = grad[at + lane];
-    last_exp_avg[lane] = exp_avg[at + lane];
-    last_exp_avg_sq[lane] = exp_avg_sq[at + lane];
-    if (masters != nullptr) last_master[lane] = masters[at + lane];
+    last_exp_avg[lane] = span.exp_avg[at + lane];
+    last_exp_avg_sq[lane] = span.exp_avg_sq[at + lane];
+    if (span.master != nullptr) last_master[lane] = span.master[at + lane];
   }
-  const Block<Weight, Grad> block = {last_weight, last_grad, last_exp_avg, last_exp_avg_sq,
-                                     masters ? last_master : nullptr};
+  const Block<T> block = {last_weight, last_grad, last_exp_avg, last_exp_avg_sq, span.master ? last_master : nullptr,
+                          {words.weight + at, words.exp_avg + at, words.exp_avg_sq + at}};
   const uint64_t kept = keep == nullptr ? kAll : keep[at / kBlock] >> (at % kBlock);
   update_vector<true>(block, 0, kAll, kept, scalars);
   for (int lane = 0; lane < rest; ++lane) {
     weight[at + lane] = last_weight[lane];
-    exp_avg[at + lane] = last_exp_avg[lane];
-    exp_avg_sq[at + lane] = last_exp_avg_sq[lane];
-    if (masters != nullptr) masters[at + lane] = last_master[lane];
+    span.exp_avg[at + lane] = last_exp_avg[lane];
+    span.exp_avg_sq[at + lane] = last_exp_avg_sq[lane];
+    if (span.master != nullptr) span.master[at + lane] = last_master[lane];
   }
 }
 
@@ -105,15 +103,16 @@ void update_moments(const PlanRow& row, const AdamWScalars<Real>& scalars, const
 }
 
 // Eq. 9 alone for local elements begin .. end-1.
-template <class Weight, class Grad, class Real>
-void decay_range(const PlanRow& row, const RowStep<Real>& step, int64_t begin, int64_t end) {
+template <class T>
+void decay_range(const PlanRow& row, const RowStep<typename T::Real>& step, int64_t begin, int64_t end) {
   if (step.freeze || !step.scalars.decays()) return;
   constexpr uint64_t kAll = ~uint64_t(0);
+  typedef typename T::Weight Weight;
   Weight* const weights = reinterpret_cast<Weight*>(row.weight);
   for (int64_t local = begin; local < end; local += kBlock) {
     const int count = end - local < kBlock ? int(end - local) : kBlock;
     if (count == kBlock && row.storage_contiguous) {
-      decay_block(Block<Weight, Grad>{weights + local, nullptr, nullptr, nullptr, nullptr}, kAll, step.scalars);
+      decay_block(Block<T>{weights + local, nullptr, nullptr, nullptr, nullptr, {}}, kAll, step.scalars);
       continue;
     }
     Weight near[kBlock] = {};
@@ -123,29 +122,37 @@ void decay_range(const PlanRow& row, const RowStep<Real>& step, int64_t begin, i
       place[at] = row.storage_contiguous ? local + at : map_index(row.storage_map, local + at, &run);
       near[at] = weights[place[at]];
     }
-    decay_block(Block<Weight, Grad>{near, nullptr, nullptr, nullptr, nullptr}, kAll, step.scalars);
+    decay_block(Block<T>{near, nullptr, nullptr, nullptr, nullptr, {}}, kAll, step.scalars);
     for (int at = 0; at < count; ++at) weights[place[at]] = near[at];
   }
 }
 
+CHILDTUNE_INLINE uint64_t element_of(const PlanRow& row, const Chunk& chunk, int at) {
+  return element_at(row, local_of(chunk, at));
+}
+
 // Eq. 2 for the elements of a chunk.
-template <class Real>
-void keep_bits_of(const PlanRow& row, const RowStep<Real>& step, const Chunk& chunk, uint64_t* keep) {
-  uint64_t counter = 0;
-  uint32_t words[4];
+inline void keep_bits_of(const PlanRow& row, const PhiloxStream& stream, uint32_t threshold, const Chunk& chunk,
+                         uint64_t* keep) {
+  ElementWords words{stream};
   for (int at = 0; at < chunk.count; ++at) {
-    int64_t run;
-    const int64_t local = local_of(chunk, at);
-    const uint64_t element =
-        uint64_t(row.element_contiguous ? row.element_map.base + local : map_index(row.element_map, local, &run));
-    if (at == 0 || element / 4 != counter) {
-      counter = element / 4;
-      philox_words(step.stream, counter, words);
-    }
     if (at % kBlock == 0) keep[at / kBlock] = 0;
-    keep[at / kBlock] |= uint64_t(words[element % 4] < step.threshold) << (at % kBlock);
+    keep[at / kBlock] |= uint64_t(words.of(element_of(row, chunk, at)) < threshold) << (at % kBlock);
   }
 }
+
+// The words by which a chunk's bf16 weights and moments are rounded (eq. 18).
+template <class T>
+struct ChunkWords {
+  alignas(64) uint32_t of[3][T::kDraws ? kGatherLimit : 1];
+
+  void draw(const PlanRow& row, const RowStep<typename T::Real>& step, const Chunk& chunk) {
+    for (int what = T::kDrawsWeight ? 0 : 1; what < (T::kDrawsMoments ? 3 : 1); ++what) {
+      ElementWords words{step.rounding[what]};
+      for (int at = 0; at < chunk.count; ++at) of[what][at] = words.of(element_of(row, chunk, at));
+    }
+  }
+};
 
 // How far ahead the lines of scattered elements are asked for, into the second-level cache; into the first it
 // takes twice as long.
@@ -163,8 +170,10 @@ CHILDTUNE_INLINE int places_asking(const Chunk& chunk) {
   return known < chunk.count ? (known > 0 ? int(known) : 0) : chunk.count;
 }
 
-template <class Weight, class Grad>
-CHILDTUNE_INLINE void gather_places(const PlanRow& row, const Chunk& chunk, Gathered<Weight, Grad>& near) {
+template <class T>
+CHILDTUNE_INLINE void gather_places(const PlanRow& row, const Chunk& chunk, Gathered<T>& near) {
+  typedef typename T::Weight Weight;
+  typedef typename T::Grad Grad;
   const Weight* const weights = reinterpret_cast<const Weight*>(row.weight);
   const Grad* const grads = reinterpret_cast<const Grad*>(row.grad);
   if (!row.storage_contiguous) {
@@ -196,9 +205,9 @@ CHILDTUNE_INLINE void gather_places(const PlanRow& row, const Chunk& chunk, Gath
   }
 }
 
-template <class Weight, class Grad>
-CHILDTUNE_INLINE void scatter_places(const PlanRow& row, const Chunk& chunk, const Gathered<Weight, Grad>& near) {
-  Weight* const weights = reinterpret_cast<Weight*>(row.weight);
+template <class T>
+CHILDTUNE_INLINE void scatter_places(const PlanRow& row, const Chunk& chunk, const Gathered<T>& near) {
+  typename T::Weight* const weights = reinterpret_cast<typename T::Weight*>(row.weight);
   for (int at = 0; at < chunk.count; ++at) {
     int64_t run;
     const int64_t local = local_of(chunk, at);
@@ -207,14 +216,17 @@ CHILDTUNE_INLINE void scatter_places(const PlanRow& row, const Chunk& chunk, con
 }
 
 // Steps a chunk and decays what else lies in decay_begin .. decay_end-1.
-template <class Weight, class Grad, class Real>
-void run_chunk(const PlanRow& row, const RowStep<Real>& step, const Chunk& chunk, int64_t decay_begin,
+template <class T>
+void run_chunk(const PlanRow& row, const RowStep<typename T::Real>& step, const Chunk& chunk, int64_t decay_begin,
                int64_t decay_end) {
-  Gathered<Weight, Grad> near;
+  Gathered<T> near;
+  ChunkWords<T> words;
   uint64_t keep[kGatherLimit / kBlock];
   gather_places(row, chunk, near);
-  if (step.bernoulli) keep_bits_of(row, step, chunk, keep);
-  update_span(row, step, near.weight, near.grad, chunk.count, chunk.rank, step.bernoulli ? keep : nullptr);
-  decay_range<Weight, Grad>(row, step, decay_begin, decay_end);
+  if (step.bernoulli) keep_bits_of(row, step.stream, step.threshold, chunk, keep);
+  if constexpr (T::kDraws) words.draw(row, step, chunk);
+  update_span<T>(row, step, near.weight, near.grad, chunk.count, chunk.rank, step.bernoulli ? keep : nullptr,
+                 {words.of[0], words.of[1], words.of[2]});
+  decay_range<T>(row, step, decay_begin, decay_end);
   scatter_places(row, chunk, near);
 }

@@ -10,9 +10,12 @@ CHILDTUNE_INLINE void step_places(const Weight* weight, const Grad* grad, const 
 }
 
 // A chunk of a contiguous tensor without a Bernoulli mask, where the weight is its own master.
-template <class Weight, class Grad, class Real>
-void run_places(const PlanRow& row, const RowStep<Real>& step, const Chunk& chunk, int64_t decay_begin,
+template <class T>
+void run_places(const PlanRow& row, const RowStep<typename T::Real>& step, const Chunk& chunk, int64_t decay_begin,
                 int64_t decay_end) {
+  typedef typename T::Weight Weight;
+  typedef typename T::Grad Grad;
+  typedef typename T::Real Real;
   constexpr int kLanes = kVectorBytes / int(sizeof(Real));
   Weight* const weight = reinterpret_cast<Weight*>(row.weight) + chunk.base;
   const Grad* const grad = reinterpret_cast<const Grad*>(row.grad) + chunk.base;
@@ -34,22 +37,22 @@ void run_places(const PlanRow& row, const RowStep<Real>& step, const Chunk& chun
     __builtin_memcpy(last, chunk.places + at, size_t(chunk.count - at) * sizeof(uint16_t));
     step_places<false>(weight, grad, last, exp_avg + at, exp_avg_sq + at, stepped + at, chunk.count - at, scalars);
   }
-  decay_range<Weight, Grad>(row, step, decay_begin, decay_end);
+  decay_range<T>(row, step, decay_begin, decay_end);
   for (at = 0; at < chunk.count; ++at) weight[chunk.places[at]] = stepped[at];
 }
 
-template <class Weight, class Grad, class Real>
-void run_indices_chunk(const PlanRow& row, const RowStep<Real>& step, const Chunk& chunk, int64_t decay_begin,
+template <class T>
+void run_indices_chunk(const PlanRow& row, const RowStep<typename T::Real>& step, const Chunk& chunk, int64_t decay_begin,
                        int64_t decay_end) {
-  if constexpr (sizeof(Weight) == sizeof(Real)) {
+  if constexpr (T::kPlain) {
     if (row.storage_contiguous && !step.bernoulli)
-      return run_places<Weight, Grad>(row, step, chunk, decay_begin, decay_end);
+      return run_places<T>(row, step, chunk, decay_begin, decay_end);
   }
-  run_chunk<Weight, Grad>(row, step, chunk, decay_begin, decay_end);
+  run_chunk<T>(row, step, chunk, decay_begin, decay_end);
 }
 
-template <class Weight, class Grad, class Real>
-void run_indices_unit(const PlanRow& row, const RowStep<Real>& step, int64_t unit) {
+template <class T>
+void run_indices_unit(const PlanRow& row, const RowStep<typename T::Real>& step, int64_t unit) {
   const int64_t* const ranks = reinterpret_cast<const int64_t*>(row.child_ranks) + unit;
   const uint16_t* const places = reinterpret_cast<const uint16_t*>(row.child_places);
   const int64_t base = unit * kIndicesUnit;
@@ -60,7 +63,7 @@ void run_indices_unit(const PlanRow& row, const RowStep<Real>& step, int64_t uni
     const int count = left < kGatherPlaces ? int(left) : kGatherPlaces;
     const int64_t decay_end = count == left ? stop : base + places[rank + count];
     const Chunk chunk = {base, places + rank, count, rank, left - count};
-    run_indices_chunk<Weight, Grad>(row, step, chunk, decay_begin, decay_end);
+    run_indices_chunk<T>(row, step, chunk, decay_begin, decay_end);
     decay_begin = decay_end;
     rank += count;
   } while (rank < ranks[1]);

@@ -26,8 +26,12 @@ CHILDTUNE_INLINE const Real* spread_block(Real* weight, uint64_t bits, const Rea
 // Elements begin .. end-1 of a contiguous tensor without a Bernoulli mask, where the weight is its own master:
 // gradients alone are moved together, and updates are spread out to the weights where these lie, so that
 // weights are met once.
-template <class Weight, class Grad, class Real>
-int64_t run_spread(const PlanRow& row, const RowStep<Real>& step, int64_t begin, int64_t end, int64_t rank) {
+template <class T>
+int64_t run_spread(const PlanRow& row, const RowStep<typename T::Real>& step, int64_t begin, int64_t end,
+                   int64_t rank) {
+  typedef typename T::Weight Weight;
+  typedef typename T::Grad Grad;
+  typedef typename T::Real Real;
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(row.mask_words);
   Weight* const weights = reinterpret_cast<Weight*>(row.weight);
   const Grad* const grads = reinterpret_cast<const Grad*>(row.grad);
@@ -64,12 +68,15 @@ int64_t run_spread(const PlanRow& row, const RowStep<Real>& step, int64_t begin,
 }
 
 // The same for 16-bit weights, which are stepped in a buffer beside their masters.
-template <class Weight, class Grad, class Real>
-int64_t run_compressed(const PlanRow& row, const RowStep<Real>& step, int64_t begin, int64_t end, int64_t rank) {
+template <class T>
+int64_t run_compressed(const PlanRow& row, const RowStep<typename T::Real>& step, int64_t begin, int64_t end,
+                       int64_t rank) {
+  typedef typename T::Weight Weight;
+  typedef typename T::Grad Grad;
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(row.mask_words);
   Weight* const weight = reinterpret_cast<Weight*>(row.weight);
   const Grad* const grad = reinterpret_cast<const Grad*>(row.grad);
-  Gathered<Weight, Grad> near;
+  Gathered<T> near;
   int count = 0;
   for (int64_t local = begin; local < end; local += kBlock) {
     const uint64_t bits = child_bits(words, local, row.numel);
@@ -82,8 +89,8 @@ int64_t run_compressed(const PlanRow& row, const RowStep<Real>& step, int64_t be
       count += compress_elements(grad + local, bits, near.grad + count);
     }
   }
-  update_span(row, step, near.weight, near.grad, count, rank, nullptr);
-  decay_range<Weight, Grad>(row, step, begin, end);
+  update_span<T>(row, step, near.weight, near.grad, count, rank, nullptr, {});
+  decay_range<T>(row, step, begin, end);
   int done = 0;
   for (int64_t local = begin; local < end; local += kBlock) {
     const uint64_t bits = child_bits(words, local, row.numel);
@@ -94,9 +101,10 @@ int64_t run_compressed(const PlanRow& row, const RowStep<Real>& step, int64_t be
   return rank + count;
 }
 
-// Layout "words" by places: strided tensors, and Bernoulli inside the child.
-template <class Weight, class Grad, class Real>
-int64_t run_decoded(const PlanRow& row, const RowStep<Real>& step, int64_t begin, int64_t end, int64_t rank) {
+// Layout "words" by places: strided tensors, Bernoulli inside the child, and what is rounded by words.
+template <class T>
+int64_t run_decoded(const PlanRow& row, const RowStep<typename T::Real>& step, int64_t begin, int64_t end,
+                    int64_t rank) {
   const uint32_t* const words = reinterpret_cast<const uint32_t*>(row.mask_words);
   uint16_t places[kGatherWords];
   int count = 0;
@@ -104,22 +112,22 @@ int64_t run_decoded(const PlanRow& row, const RowStep<Real>& step, int64_t begin
     for (uint64_t bits = child_bits(words, local, row.numel); bits != 0; bits &= bits - 1)
       places[count++] = uint16_t(local - begin + __builtin_ctzll(bits));
   }
-  run_chunk<Weight, Grad>(row, step, {begin, places, count, rank, 0}, begin, end);
+  run_chunk<T>(row, step, {begin, places, count, rank, 0}, begin, end);
   return rank + count;
 }
 
-template <class Weight, class Grad, class Real>
-void run_words_unit(const PlanRow& row, const RowStep<Real>& step, int64_t unit) {
+template <class T>
+void run_words_unit(const PlanRow& row, const RowStep<typename T::Real>& step, int64_t unit) {
   int64_t rank = reinterpret_cast<const int64_t*>(row.child_ranks)[unit];
   const int64_t stop = (unit + 1) * kWordsUnit < row.numel ? (unit + 1) * kWordsUnit : row.numel;
   for (int64_t begin = unit * kWordsUnit; begin < stop; begin += kGatherWords) {
     const int64_t end = begin + kGatherWords < stop ? begin + kGatherWords : stop;
-    if (!row.storage_contiguous || step.bernoulli) {
-      rank = run_decoded<Weight, Grad>(row, step, begin, end, rank);
-    } else if constexpr (sizeof(Weight) == sizeof(Real)) {
-      rank = run_spread<Weight, Grad>(row, step, begin, end, rank);
-    } else {
-      rank = run_compressed<Weight, Grad>(row, step, begin, end, rank);
+    if (T::kDraws || !row.storage_contiguous || step.bernoulli) {
+      rank = run_decoded<T>(row, step, begin, end, rank);
+    } else if constexpr (T::kPlain) {
+      rank = run_spread<T>(row, step, begin, end, rank);
+    } else if constexpr (!T::kDraws) {
+      rank = run_compressed<T>(row, step, begin, end, rank);
     }
   }
 }

@@ -1,5 +1,5 @@
-// How each storage type becomes one of the two types that compute (float, double), and back,
-// rounded to nearest even (SPEC.md, "Types and rounding").
+// How each storage type becomes one of the two types that compute (float, double), and back: rounded to
+// nearest even (SPEC.md, "Types and rounding"), split in two (eq. 17), or rounded by random words (eq. 18).
 
 struct BFloat16 {
   uint16_t bits;
@@ -7,6 +7,8 @@ struct BFloat16 {
 struct Float16 {
   uint16_t bits;
 };
+struct SplitBFloat16 : BFloat16 {};       // the upper half of an fp32 master; an int16 beside it is the lower one
+struct StochasticBFloat16 : BFloat16 {};  // rounded by random words
 
 CHILDTUNE_INLINE VecF32 load_as(const float* source, VecF32) { return load<VecF32>(source); }
 CHILDTUNE_INLINE VecF64 load_as(const double* source, VecF64) { return load<VecF64>(source); }
@@ -30,6 +32,29 @@ CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, BFloat16) {
   const VecU32 is_nan = (VecU32)(value != value);
   return __builtin_convertvector((nearest_even & ~is_nan) | (is_nan & 0x7FC0u), HalfU16);
 }
+// A NaN's bits are those of 0x7FC0.
+CHILDTUNE_INLINE VecU32 canonical_bits(VecF32 value) {
+  const VecU32 is_nan = (VecU32)(value != value);
+  return ((VecU32)value & ~is_nan) | (is_nan & 0x7FC00000u);
+}
+// Eq. 17: the weight, and the remainder, which is the master's lower half as it is.
+CHILDTUNE_INLINE HalfU16 upper_of_master(VecU32 bits) { return __builtin_convertvector((bits + 0x8000u) >> 16, HalfU16); }
+CHILDTUNE_INLINE HalfU16 lower_of_master(VecU32 bits) { return __builtin_convertvector(bits & 0xFFFFu, HalfU16); }
+CHILDTUNE_INLINE VecF32 joined_master(HalfU16 weight, HalfU16 remainder) {
+  const VecU32 upper = __builtin_convertvector(weight, VecU32) << 16;
+  const VecU32 lower = __builtin_convertvector(remainder, VecU32);
+  const VecU32 bits = upper + ((lower ^ 0x8000u) - 0x8000u);
+  // Another sign than the weight's: a zero that somebody has written since.
+  const VecU32 written = (VecU32)((VecI32)(bits ^ upper) >> 31);
+  return (VecF32)((bits & ~written) | (upper & written));
+}
+// Eq. 18.
+CHILDTUNE_INLINE HalfU16 rounded_by_words(VecF32 value, const uint32_t* words) {
+  const VecU32 is_nan = (VecU32)(value != value);
+  const VecU32 drawn = ((VecU32)value + (load<VecU32>(words) & 0xFFFFu)) >> 16;
+  return __builtin_convertvector((drawn & ~is_nan) | (is_nan & 0x7FC0u), HalfU16);
+}
+
 CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, Float16) { return float_to_half(value); }
 
 CHILDTUNE_INLINE void store_as(float* target, VecF32 value) { store(target, value); }
@@ -57,9 +82,16 @@ CHILDTUNE_INLINE void store_selected(double* target, VecF64 value, uint64_t bits
   store(target, select(bits, value, load<VecF64>(target)));
 }
 #endif
-template <class Half>
-CHILDTUNE_INLINE void store_selected(Half* target, VecF32 value, uint64_t bits) {
+CHILDTUNE_INLINE void store_selected_halves(void* target, HalfU16 value, uint64_t bits) {
   const VecU32 stored = __builtin_convertvector(load<HalfU16>(target), VecU32);
-  const VecU32 fresh = __builtin_convertvector(rounded(value, Half()), VecU32);
+  const VecU32 fresh = __builtin_convertvector(value, VecU32);
   store(target, __builtin_convertvector(select(bits, fresh, stored), HalfU16));
+}
+template <bool kWhole>
+CHILDTUNE_INLINE void store_halves(void* target, HalfU16 value, uint64_t bits) {
+  if constexpr (kWhole) {
+    store(target, value);
+  } else {
+    store_selected_halves(target, value, bits);
+  }
 }

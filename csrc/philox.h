@@ -3,6 +3,8 @@
 constexpr uint32_t kPhiloxM0 = 0xD2511F53u, kPhiloxM1 = 0xCD9E8D57u;
 constexpr uint32_t kPhiloxW0 = 0x9E3779B9u, kPhiloxW1 = 0xBB67AE85u;
 constexpr int kPhiloxRounds = 10;
+// What the words of an element are for (eq. 2).
+constexpr uint32_t kPurposeKeep = 0, kPurposeWeight = 1;
 constexpr uint64_t kKeepAll = uint64_t(1) << 32;
 
 // What every draw of one tensor in one step shares: the round keys, the step and the purpose.
@@ -152,6 +154,41 @@ CHILDTUNE_INLINE uint64_t keep_bits_from(const PhiloxStream& stream, uint64_t fi
   return low >> shift | high << (kBlock - shift);
 }
 
+// The words (eq. 2) of elements first .. first+63, first a multiple of 64, in their order.
+inline void element_words_aligned(const PhiloxStream& stream, uint64_t first, uint32_t* words) {
+  constexpr int kCounters = kDrawElements / 4;
+  for (int done = 0; done < kBlock; done += kDrawElements) {
+    PhiloxDraw draw = draw_begin(stream, first + uint64_t(done));
+    draw_rounds(stream, 2, kPhiloxRounds, draw);
+    // Two words of a counter make a 64-bit lane.
+    uint64_t pairs[2][2][kLanes64];
+    for (int odd = 0; odd < 2; ++odd) {
+      const VecU64* const x = odd ? draw.odd.x : draw.even.x;
+      store(pairs[odd][0], (x[0] & 0xFFFFFFFFu) | x[1] << 32);
+      store(pairs[odd][1], (x[2] & 0xFFFFFFFFu) | x[3] << 32);
+    }
+    for (int counter = 0; counter < kCounters; ++counter) {
+      __builtin_memcpy(words + done + 4 * counter, &pairs[counter % 2][0][counter / 2], 8);
+      __builtin_memcpy(words + done + 4 * counter + 2, &pairs[counter % 2][1][counter / 2], 8);
+    }
+  }
+}
+
+// The same one element at a time, for neighbours a Philox block once.
+struct ElementWords {
+  const PhiloxStream& stream;
+  uint64_t counter = ~uint64_t(0);
+  uint32_t words[4];
+
+  CHILDTUNE_INLINE uint32_t of(uint64_t element) {
+    if (element / 4 != counter) {
+      counter = element / 4;
+      philox_words(stream, counter, words);
+    }
+    return words[element % 4];
+  }
+};
+
 // Eq. 5: the index that a map gives local element `local`, and how many of the following local
 // elements lie behind it one by one.
 inline int64_t map_index(const IndexMap& map, int64_t local, int64_t* run) {
@@ -164,6 +201,12 @@ inline int64_t map_index(const IndexMap& map, int64_t local, int64_t* run) {
     local /= at.size;
   }
   return index + local * map.level[0].stride;
+}
+
+// The element index of a local index of a row.
+CHILDTUNE_INLINE uint64_t element_at(const PlanRow& row, int64_t local) {
+  int64_t run;
+  return uint64_t(row.element_contiguous ? row.element_map.base + local : map_index(row.element_map, local, &run));
 }
 
 // Eq. 2 for local elements local .. local+count-1 (count <= 64) of a general element map.

@@ -25,11 +25,13 @@ struct PlanRow {
   int64_t numel;
   int64_t weight_dtype;
   int64_t grad_dtype;
+  int64_t moment_dtype;
+  int64_t master_kind;
   int64_t weight;
   int64_t grad;
   int64_t exp_avg;
   int64_t exp_avg_sq;
-  int64_t master_weight;
+  int64_t master;
   int64_t mask_words;
   int64_t child_layout;
   int64_t child_count;
@@ -56,6 +58,7 @@ struct PlanGroup {
   double original_convention;
   double correct_bias;
   double maximize;
+  double stochastic_rounding;
   // Of tensors from which kernels on GPUs read the option; 0 here.
   double lr_address;
   double lr_is_double;
@@ -67,14 +70,18 @@ constexpr int kRowColumns = sizeof(PlanRow) / 8;
 constexpr int kGroupColumns = sizeof(PlanGroup) / 8;
 
 constexpr const char* kRowFields =
-    "active,group,numel,weight_dtype,grad_dtype,weight,grad,exp_avg,exp_avg_sq,master_weight,"
-    "mask_words,child_layout,child_count,run_count,child_ranks,child_places,step,philox_key,"
-    "element_contiguous,storage_contiguous,element_map:9,storage_map:9";
+    "active,group,numel,weight_dtype,grad_dtype,moment_dtype,master_kind,weight,grad,exp_avg,"
+    "exp_avg_sq,master,mask_words,child_layout,child_count,run_count,child_ranks,child_places,step,"
+    "philox_key,element_contiguous,storage_contiguous,element_map:9,storage_map:9";
 constexpr const char* kGroupFields =
     "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
-    "correct_bias,maximize,lr_address,lr_is_double,weight_decay_address,weight_decay_is_double";
+    "correct_bias,maximize,stochastic_rounding,lr_address,lr_is_double,weight_decay_address,"
+    "weight_decay_is_double";
 
 enum DtypeCode : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+// What stands beside a weight: nothing, an fp32 master (SPEC.md, eq. 12) or an int16 remainder (eq. 17).
+enum MasterKind : int64_t { kNoMaster = 0, kFp32Master = 1, kSplitMaster = 2 };
 
 // How the child of a row with compact state is written down (SPEC.md, "Child layouts").
 enum ChildLayout : int64_t { kDense = 0, kWords = 1, kIndices = 2, kRuns = 3 };
@@ -100,7 +107,7 @@ inline int64_t units_of(const PlanRow& row) {
   }
 }
 
-static_assert(sizeof(IndexMap) == 9 * 8 && sizeof(PlanRow) == (20 + 18) * 8, "8-byte columns");
-static_assert(kGroupColumns == 15, "kGroupFields names every column");
+static_assert(sizeof(IndexMap) == 9 * 8 && sizeof(PlanRow) == (22 + 18) * 8, "8-byte columns");
+static_assert(kGroupColumns == 16, "kGroupFields names every column");
 
 }  // namespace childtune

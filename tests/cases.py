@@ -43,6 +43,7 @@ class Case:
     correct_bias: bool = True
     maximize: bool = False
     master_weight: str = "auto"
+    state_dtype: torch.dtype | None = None
     child_state: str = "dense"
     layout: str | None = None  # of compact state; None: what the optimizer chooses
     lr: float = 1e-2
@@ -76,6 +77,7 @@ _TYPES: dict[str, dict[str, Any]] = {
     "fp16": {"dtype": torch.float16},
     "bf16_fp32_gradient": {"dtype": torch.bfloat16, "grad_dtype": torch.float32},
     "fp16_fp32_gradient": {"dtype": torch.float16, "grad_dtype": torch.float32},
+    "bf16_fp32_master": {"dtype": torch.bfloat16, "master_weight": "fp32"},
     "bf16_no_master": {"dtype": torch.bfloat16, "master_weight": "none"},
     "fp16_no_master": {"dtype": torch.float16, "master_weight": "none"},
     "bf16_fp32_gradient_no_master": {
@@ -89,6 +91,24 @@ _TYPES: dict[str, dict[str, Any]] = {
         "master_weight": "none",
     },
 }
+# What is rounded by random words (SPEC.md, eq. 18).
+_ROUNDED: dict[str, dict[str, Any]] = {
+    "fp32_bf16_state": {"dtype": torch.float32},
+    "bf16_bf16_state": {"dtype": torch.bfloat16},
+    "bf16_fp32_gradient_bf16_state": {"dtype": torch.bfloat16, "grad_dtype": torch.float32},
+    "bf16_fp32_master_bf16_state": {"dtype": torch.bfloat16, "master_weight": "fp32"},
+    "bf16_stochastic_bf16_state": {"dtype": torch.bfloat16, "master_weight": "stochastic"},
+    "fp16_bf16_state": {"dtype": torch.float16},
+}
+_ROUNDED = {
+    "bf16_stochastic": {"dtype": torch.bfloat16, "master_weight": "stochastic"},
+    "bf16_fp32_gradient_stochastic": {
+        "dtype": torch.bfloat16,
+        "grad_dtype": torch.float32,
+        "master_weight": "stochastic",
+    },
+    **{kind: {**types, "state_dtype": torch.bfloat16} for kind, types in _ROUNDED.items()},
+}
 _MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "bernoulli": {"reserve_p": 0.3},
@@ -100,6 +120,13 @@ _MASKS: dict[str, dict[str, Any]] = {
 PRODUCT = [
     Case(f"{kind}-{mask}-{convention}", **_TYPES[kind], **_MASKS[mask], convention=convention)
     for kind, mask, convention in itertools.product(_TYPES, _MASKS, ("torch", "original"))
+]
+# To what is rounded by words a convention is a number: a type and mask meet one of the two.
+PRODUCT += [
+    Case(f"{kind}-{mask}", **types, **options, convention=("torch", "original")[index % 2])
+    for index, ((kind, types), (mask, options)) in enumerate(
+        itertools.product(_ROUNDED.items(), _MASKS.items())
+    )
 ]
 # What the product leaves at its defaults, and the ends of ranges.
 SINGLES = [
@@ -132,7 +159,9 @@ SINGLES = [
 def _compact_product() -> Iterator[Case]:
     """Compact state: every type and mask, by every layout and by the optimizer's own choice."""
     masks = {name: mask for name, mask in _MASKS.items() if mask.get("fixed_mask")}
-    for (kind, types), (name, mask) in itertools.product(_TYPES.items(), masks.items()):
+    for (kind, types), (name, mask) in itertools.product(
+        (_TYPES | _ROUNDED).items(), masks.items()
+    ):
         has_master = types.get("master_weight") != "none" and types["dtype"].itemsize == 2
         if has_master and not mask.get("freeze_non_child", True):
             continue  # refused

@@ -32,7 +32,7 @@ def state_in_full(parameter: Tensor, state: Mapping[str, Tensor]) -> dict[str, T
     assert words is not None
     child = ops.unpack_mask(words, parameter.shape, backend="reference")
     full = {"step": state["step"], "mask_words": words}
-    for name in ("exp_avg", "exp_avg_sq", "master_weight"):
+    for name in ("exp_avg", "exp_avg_sq", "master_weight", "master_remainder"):
         if f"child_{name}" in state:
             compact = state[f"child_{name}"]
             whole = torch.zeros(parameter.shape, dtype=compact.dtype)

@@ -14,6 +14,7 @@ from .bitmask import (
 from .child_adamw import child_adamw_
 from .fisher_accumulate import check_squares, fisher_accumulate_
 from .keep_words import KEEP_ALL, keep_words
+from .master_weight import current_master, joined_master, remainder_of
 from .observe import observe, observe_groups, watch
 from .tensors import HALF_TYPES, check_gradient, check_parameter, compute_dtype
 from .topk_select import (
@@ -38,15 +39,18 @@ __all__ = [
     "child_adamw_",
     "compute_dtype",
     "count_mask",
+    "current_master",
     "digit_histogram",
     "fisher_accumulate_",
     "gather_masked",
+    "joined_master",
     "keep_words",
     "mask_indices",
     "mask_ranks",
     "observe",
     "observe_groups",
     "pack_mask",
+    "remainder_of",
     "run_scores",
     "scatter_masked_",
     "select_words",

@@ -1,7 +1,8 @@
-"""Op child_adamw: one AdamW step of a child network (SPEC.md, eq. 6 to 12)."""
+"""Op child_adamw: one AdamW step of a child network (SPEC.md, eq. 6 to 12, 17 and 18)."""
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterable
 from typing import Any, NamedTuple
@@ -10,8 +11,18 @@ import torch
 from torch import Tensor
 
 from .bitmask import unpack_mask
-from .philox import KEEP_ALL, keep_mask, mapped_indexes
+from .element_types import (
+    current_master,
+    joined_master,
+    narrow,
+    narrow_by_words,
+    split_master,
+)
+from .philox import KEEP_ALL, element_words, keep_mask, mapped_indexes
 from .square_root import square_root
+
+# What the words of an element are for (eq. 2).
+KEEP, OF_WEIGHT, OF_EXP_AVG, OF_EXP_AVG_SQ = range(4)
 
 
 def power(base: float, exponent: int) -> float:
@@ -86,38 +97,79 @@ def _update(
     return weight, exp_avg, exp_avg_sq
 
 
-def _stored(weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return weight if weight.dtype == dtype else narrow(weight, dtype)
+class Elements:
+    """The elements of a row that one step takes, by place: what is random about each of them.
+
+    Args:
+        row: a row of a plan.
+        step: the parameter's step, t.
+        places: local indexes, or None for all elements.
+    """
+
+    def __init__(self, row: Any, step: int, places: Tensor | None) -> None:
+        self._row = row
+        self._step = step
+        self._places = places
+
+    @functools.cached_property
+    def _indexes(self) -> Tensor:
+        row = self._row
+        count, device = row.parameter.numel(), row.parameter.device
+        indexes = mapped_indexes(count, row.element_map.base, row.element_map.levels, device)
+        return indexes if self._places is None else indexes[self._places]
+
+    def taken(self, whole: Tensor) -> Tensor:
+        """Their values of a tensor that has all elements."""
+        return whole if self._places is None else whole[self._places]
+
+    def kept(self, threshold: int) -> Tensor:
+        """Eq. 2 for each of them."""
+        return keep_mask(self._indexes, self._row.philox_key, self._step, threshold)
+
+    def rounded(self, value: Tensor, purpose: int) -> Tensor:
+        """Eq. 18 by the words of a purpose."""
+        words = element_words(self._indexes, self._row.philox_key, self._step, purpose)
+        return narrow_by_words(value, words)
 
 
-def narrow(master: Tensor, dtype: torch.dtype) -> Tensor:
-    """A weight rounded to its storage type; every bf16 NaN becomes 0x7FC0 (SPEC.md, "Types")."""
-    narrowed = master.to(dtype)
-    return torch.where(master.isnan(), torch.full_like(narrowed, math.nan), narrowed)
+def _masked_gradient(row: Any, scalars: Scalars, elements: Elements) -> Tensor:
+    """Eq. 8."""
+    numbers = row.numbers
+    grad = elements.taken(row.parameter.grad.detach().reshape(-1)).to(row.compute_dtype)
+    grad = -grad if numbers.maximize else grad
+    grad = grad * scalars.r if scalars.r != 1.0 else grad
+    if numbers.threshold != KEEP_ALL:
+        grad = torch.where(elements.kept(numbers.threshold), grad, torch.zeros_like(grad))
+    return grad
 
 
 def _current_weight(stored: Tensor, master: Tensor | None, compute: torch.dtype) -> Tensor:
-    """Eq. 12: the master, or the stored weight where somebody has written it since."""
+    """Eq. 12 and 17: the master, or the stored weight where somebody has written it since."""
     if master is None:
         return stored.to(compute)
-    same = narrow(master, stored.dtype).view(torch.int16) == stored.view(torch.int16)
-    return torch.where(same, master, stored.to(compute))
+    if master.dtype == torch.int16:
+        return joined_master(stored, master)
+    return current_master(stored, master)
 
 
-def _masked_gradient(row: Any, step: int, scalars: Scalars, places: Tensor | None) -> Tensor:
-    """Eq. 8: the gradient of all elements, or of those at ``places``."""
-    numbers, parameter, compute = row.numbers, row.parameter, row.exp_avg.dtype
-    grad = row.parameter.grad.detach().reshape(-1)
-    grad = (grad if places is None else grad[places]).to(compute)
-    grad = -grad if numbers.maximize else grad
-    grad = grad * scalars.r if numbers.reserve_p != 1.0 else grad
-    if numbers.threshold != KEEP_ALL:
-        count, device = parameter.numel(), parameter.device
-        elements = mapped_indexes(count, row.element_map.base, row.element_map.levels, device)
-        elements = elements if places is None else elements[places]
-        keep = keep_mask(elements, row.philox_key, step, numbers.threshold)
-        grad = torch.where(keep, grad, torch.zeros_like(grad))
-    return grad
+def _stored(weight: Tensor, row: Any, elements: Elements | None) -> tuple[Tensor, Tensor | None]:
+    """A new weight as parameter and master store it (eq. 12, 17 and 18)."""
+    dtype, master = row.parameter.dtype, row.master
+    if master is not None and master.dtype == torch.int16:
+        return split_master(weight)
+    if elements is not None and dtype == torch.bfloat16 and row.numbers.stochastic_rounding:
+        return elements.rounded(weight, OF_WEIGHT), None
+    narrowed = weight if weight.dtype == dtype else narrow(weight, dtype)
+    return narrowed, weight if master is not None else None
+
+
+def _stored_moments(
+    exp_avg: Tensor, exp_avg_sq: Tensor, row: Any, elements: Elements
+) -> tuple[Tensor, Tensor]:
+    """New moments as the state stores them (eq. 18)."""
+    if row.exp_avg.dtype == exp_avg.dtype:
+        return exp_avg, exp_avg_sq
+    return elements.rounded(exp_avg, OF_EXP_AVG), elements.rounded(exp_avg_sq, OF_EXP_AVG_SQ)
 
 
 def _step_row(row: Any) -> None:
@@ -127,16 +179,17 @@ def _step_row(row: Any) -> None:
     if row.compact:
         _step_compact(row, step, scalars)
         return
-    parameter = row.parameter.detach()
+    parameter, compute = row.parameter.detach(), row.compute_dtype
+    elements = Elements(row, step, None)
     exp_avg, exp_avg_sq = row.exp_avg.view(-1), row.exp_avg_sq.view(-1)
-    compute = exp_avg.dtype
     stored = parameter.reshape(-1)
-    master = None if row.master_weight is None else row.master_weight.view(-1)
-    grad = _masked_gradient(row, step, scalars, None)
+    master = None if row.master is None else row.master.view(-1)
+    grad = _masked_gradient(row, scalars, elements)
     weight = _current_weight(stored, master, compute)
-    updated, new_exp_avg, new_exp_avg_sq = _update(
-        weight, grad, exp_avg, exp_avg_sq, scalars, numbers
+    updated, exact_exp_avg, exact_exp_avg_sq = _update(
+        weight, grad, exp_avg.to(compute), exp_avg_sq.to(compute), scalars, numbers
     )
+    new_exp_avg, new_exp_avg_sq = _stored_moments(exact_exp_avg, exact_exp_avg_sq, row, elements)
     written: Tensor | None = None
     if row.mask_words is not None:
         child = unpack_mask(row.mask_words, parameter.numel())
@@ -149,44 +202,44 @@ def _step_row(row: Any) -> None:
         written = child if untouched else None
     exp_avg.copy_(new_exp_avg)
     exp_avg_sq.copy_(new_exp_avg_sq)
-    narrowed = _stored(updated, stored.dtype)
+    new_stored, new_master = _stored(updated, row, elements)
     if written is not None:
-        narrowed = torch.where(written, narrowed, stored)
-        updated = updated if master is None else torch.where(written, updated, master)
-    if master is not None:
-        master.copy_(updated)
-    parameter.copy_(narrowed.view(parameter.shape))
+        new_stored = torch.where(written, new_stored, stored)
+    if master is not None and new_master is not None:
+        master.copy_(new_master if written is None else torch.where(written, new_master, master))
+    parameter.copy_(new_stored.view(parameter.shape))
 
 
 def _step_compact(row: Any, step: int, scalars: Scalars) -> None:
     """The same for state that holds the child's elements alone."""
-    parameter, numbers, compute = row.parameter.detach(), row.numbers, row.exp_avg.dtype
+    parameter, numbers, compute = row.parameter.detach(), row.numbers, row.compute_dtype
     places = unpack_mask(row.mask_words, parameter.numel()).nonzero().view(-1)
+    elements = Elements(row, step, places)
     whole = parameter.reshape(-1).clone()
-    stored = whole[places]
-    grad = _masked_gradient(row, step, scalars, places)
-    weight = _current_weight(stored, row.master_weight, compute)
-    updated, exp_avg, exp_avg_sq = _update(
-        weight, grad, row.exp_avg, row.exp_avg_sq, scalars, numbers
-    )
-    row.exp_avg.copy_(exp_avg)
-    row.exp_avg_sq.copy_(exp_avg_sq)
-    if row.master_weight is not None:
-        row.master_weight.copy_(updated)
+    grad = _masked_gradient(row, scalars, elements)
+    weight = _current_weight(whole[places], row.master, compute)
+    exp_avg, exp_avg_sq = row.exp_avg.to(compute), row.exp_avg_sq.to(compute)
+    updated, exp_avg, exp_avg_sq = _update(weight, grad, exp_avg, exp_avg_sq, scalars, numbers)
+    new_exp_avg, new_exp_avg_sq = _stored_moments(exp_avg, exp_avg_sq, row, elements)
+    row.exp_avg.copy_(new_exp_avg)
+    row.exp_avg_sq.copy_(new_exp_avg_sq)
     everything = whole.to(compute)
     decayed = _decayed(everything, scalars)
     if not numbers.freeze_non_child and decayed is not everything:
-        whole = _stored(decayed, whole.dtype)
-    whole[places] = _stored(updated, whole.dtype)
+        whole, _ = _stored(decayed, row, None)
+    whole[places], new_master = _stored(updated, row, elements)
+    if row.master is not None:
+        row.master.copy_(new_master)
     parameter.copy_(whole.view(parameter.shape))
 
 
 def child_adamw_(rows: Iterable[Any]) -> None:
     """Update every active row of a plan in place: weight, moments, master weight and step.
 
-    A row offers ``active``, ``parameter`` (with its ``grad``), ``exp_avg``, ``exp_avg_sq``,
-    ``master_weight`` or None, ``mask_words`` or None, ``compact``, ``step``, ``philox_key``,
-    ``element_map`` and ``numbers`` (``GroupNumbers``); shapes and types are those of SPEC.md, section 5.
+    A row offers ``active``, ``parameter`` (with its ``grad``), ``compute_dtype``, ``exp_avg``,
+    ``exp_avg_sq``, ``master`` (fp32 masters, int16 remainders, or None), ``mask_words`` or None, ``compact``,
+    ``step``, ``philox_key``, ``element_map`` and ``numbers`` (``GroupNumbers``); shapes and types are those
+    of SPEC.md, section 5.
     """
     for row in rows:
         if row.active:
