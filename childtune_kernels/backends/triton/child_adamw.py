@@ -1,8 +1,8 @@
 """Op child_adamw: one step of child networks, a prologue and a launch a combination of types and mask kind.
 
-Equations 6 to 12 of SPEC.md for all rows of a plan. The prologue is in step_scalars.py, the maths in
-adamw_math.py, the kernels in child_adamw_dense.py and child_adamw_compact.py; device_plan.py says who takes
-part in which launch.
+Equations 6 to 12, 17 and 18 of SPEC.md for all rows of a plan. The prologue is in step_scalars.py, the
+maths in adamw_math.py, the kernels in child_adamw_dense.py and child_adamw_compact.py; device_plan.py says
+who takes part in which launch.
 """
 
 from __future__ import annotations
@@ -15,14 +15,16 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from ...plan_row import MASTER_CODES
 from . import launch
+from .adamw_math import STOCHASTIC
 from .child_adamw_compact import (
     _child_adamw_segments_kernel,
     _child_adamw_words_kernel,
     _decay_outside_kernel,
 )
 from .child_adamw_dense import _child_adamw_dense_kernel
-from .device_plan import Combination, DevicePlan, Launch, cut_of
+from .device_plan import Combination, DevicePlan, Launch, cut_of, outside
 from .step_scalars import step_scalars_
 
 _TYPES = {
@@ -31,6 +33,11 @@ _TYPES = {
     torch.bfloat16: tl.bfloat16,
     torch.float16: tl.float16,
 }
+_KINDS = {
+    torch.bfloat16: ("none", "fp32", "split", "stochastic"),
+    torch.float16: ("none", "fp32"),
+}
+_MASTERS = {**MASTER_CODES, "stochastic": int(STOCHASTIC)}
 _KERNELS = {
     "dense": _child_adamw_dense_kernel,
     "fixed": _child_adamw_dense_kernel,
@@ -49,7 +56,8 @@ def _constants(combination: Combination, generation: str) -> dict[str, Any]:
         return weight | {"TILE": cut.tile, "LANES": cut.lanes}
     constants = weight | {
         "GRAD": _TYPES[combination.grad],
-        "MASTER": combination.master,
+        "MOMENT": _TYPES[combination.moment],
+        "MASTER": _MASTERS[combination.master],
         "BERNOULLI": combination.bernoulli,
         "TILE": cut.tile,
     }
@@ -67,7 +75,7 @@ def _step_launch(plan: DevicePlan, rows: Tensor, each: Launch) -> None:
         _KERNELS[combination.layout],
         each.chunks.shape[0],
         plan.device,
-        (rows, each.chunks, between, plan.scalars[combination.moment]),
+        (rows, each.chunks, between, plan.scalars[combination.compute]),
         _constants(combination, plan.generation),
         cut_of(combination, plan.generation).num_warps,
         launch.HALF_OCCUPANCY,
@@ -103,16 +111,18 @@ def child_adamw_(
 
 def combinations() -> Iterator[Combination]:
     """Every combination of types and mask kind that a plan can hold."""
-    types = [(torch.float32, torch.float32, False), (torch.float64, torch.float64, False)]
-    for weight, master in itertools.product((torch.bfloat16, torch.float16), (False, True)):
-        types += [(weight, weight, master), (weight, torch.float32, master)]
+    types = [(torch.float32, torch.float32, "none")]
+    for weight, masters in _KINDS.items():
+        for master, grad in itertools.product(masters, (weight, torch.float32)):
+            types.append((weight, grad, master))
+    kinds = [(*each, moment) for each in types for moment in (torch.float32, torch.bfloat16)]
+    kinds.append((torch.float64, torch.float64, "none", torch.float64))
     for layout in _KERNELS:
         if layout == "outside":
             continue
-        for (weight, grad, master), bernoulli in itertools.product(types, (False, True)):
-            yield Combination(weight, grad, master, bernoulli, layout)
-    for weight in _TYPES:
-        yield Combination(weight, weight, False, False, "outside")
+        for (weight, grad, master, moment), bernoulli in itertools.product(kinds, (False, True)):
+            yield Combination(weight, grad, moment, master, bernoulli, layout)
+    yield from map(outside, _TYPES)
 
 
 def variants(generation: str) -> Iterator[launch.Variant]:
@@ -121,13 +131,14 @@ def variants(generation: str) -> Iterator[launch.Variant]:
         names = [
             str(each.weight),
             str(each.grad),
-            "master" * each.master,
+            {"none": "", "fp32": "master"}.get(each.master, each.master),
+            "bf16_moments" if each.moment == torch.bfloat16 else "",
             "bernoulli" * each.bernoulli,
         ]
         constants = _constants(each, generation)
         between = "all_words" if each.layout == "outside" else "all_draws"
         signature = {"rows": "*i64", "chunks": "*i32", between: "*i64"}
-        signature["all_scalars"] = "*fp64" if each.moment == torch.float64 else "*fp32"
+        signature["all_scalars"] = "*fp64" if each.compute == torch.float64 else "*fp32"
         cut = cut_of(each, generation)
         yield launch.Variant(
             "-".join(["child_adamw", each.layout, *filter(None, names)]).replace("torch.", ""),

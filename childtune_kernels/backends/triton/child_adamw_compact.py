@@ -1,7 +1,7 @@
-"""The step of children that carry state of their own (SPEC.md, "Child layouts", eq. 8 to 12).
+"""The step of children that carry state of their own (SPEC.md, "Child layouts", eq. 8 to 12, 17 and 18).
 
 A program takes some child elements of one tensor. Weight and gradient: [numel] under the tensor's strides;
-exp_avg, exp_avg_sq and master weight: [child_count], a value a child element. A lane needs two numbers:
+exp_avg, exp_avg_sq and master: [child_count], a value a child element. A lane needs two numbers:
 the element's rank, which is its place in the state, and its local index, its place in the tensor.
 """
 
@@ -13,8 +13,8 @@ import triton.language as tl
 from ...plan_row import INDICES_UNIT
 from . import plan_columns as plan
 from . import step_scalars
-from .adamw_math import decayed, narrowed, widened
-from .child_adamw_dense import child_bits, full_tile, misaligned, step_of_lanes
+from .adamw_math import FP32, SPLIT, decayed, narrowed, widened
+from .child_adamw_dense import child_bits, full_tile, master_address, misaligned, step_of_lanes
 from .philox import mapped_index
 
 UNIT_OF_INDICES = tl.constexpr(INDICES_UNIT)
@@ -61,7 +61,7 @@ def _neighbours(local, rank, weight, grad, exp_avg, exp_avg_sq, master, row, MAS
     """Whether child elements that follow each other can be stepped by whole tiles from here on."""
     odd = misaligned(weight + local) | misaligned(grad + local) | misaligned(exp_avg + rank)
     odd |= misaligned(exp_avg_sq + rank)
-    if MASTER:
+    if MASTER == FP32 or MASTER == SPLIT:
         odd |= misaligned(master + rank)
     odd |= (tl.load(row + plan.ELEMENT_MAP) + local) & 3
     maps = tl.load(row + plan.STORAGE_CONTIGUOUS) & tl.load(row + plan.ELEMENT_CONTIGUOUS)
@@ -71,7 +71,7 @@ def _neighbours(local, rank, weight, grad, exp_avg, exp_avg_sq, master, row, MAS
 @triton.jit
 def _child_adamw_segments_kernel(
     rows, chunks, all_draws, all_scalars,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, MASTER: tl.constexpr,
     BERNOULLI: tl.constexpr, RUNS: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """Layouts runs and indices: a tile of ranks; the chunk names the runs, or units, that they lie in."""
@@ -82,14 +82,14 @@ def _child_adamw_segments_kernel(
     row = rows + index * plan.ROW
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
-    MOMENT: tl.constexpr = all_scalars.dtype.element_ty
+    TYPE: tl.constexpr = all_scalars.dtype.element_ty
     # All loads of the row go out at once: those behind a branch would wait for it.
     active = tl.load(row + plan.ACTIVE)
     weight = plan.address(row, plan.WEIGHT, WEIGHT)
     grad = plan.address(row, plan.GRAD, GRAD)
     exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
     exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
-    master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
+    master = master_address(row, MASTER, TYPE)
     left = tl.load(row + plan.CHILD_COUNT) - start
     if active != 0:
         in_one_run = False
@@ -120,7 +120,7 @@ def _child_adamw_segments_kernel(
                     local, lane, exists, True, plan.address(row, plan.WEIGHT, WEIGHT),
                     plan.address(row, plan.GRAD, GRAD), plan.address(row, plan.EXP_AVG, MOMENT) + start,
                     plan.address(row, plan.EXP_AVG_SQ, MOMENT) + start,
-                    plan.address(row, plan.MASTER_WEIGHT, MOMENT) + start,
+                    master_address(row, MASTER, TYPE) + start,
                     tl.load(row + plan.STORAGE_CONTIGUOUS), tl.load(row + plan.ELEMENT_CONTIGUOUS),
                     tl.load(row + plan.PHILOX_KEY), row, draws, scalars, MASTER, BERNOULLI, False,
                 )  # fmt: skip
@@ -129,7 +129,7 @@ def _child_adamw_segments_kernel(
 @triton.jit
 def _child_adamw_words_kernel(
     rows, chunks, all_draws, all_scalars,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, MASTER: tl.constexpr,
     BERNOULLI: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr, FULL: tl.constexpr,
 ):  # fmt: skip
     """Layout words: a unit of TILE elements, whose first rank is known; the others are counted on."""
@@ -139,7 +139,7 @@ def _child_adamw_words_kernel(
     row = rows + index * plan.ROW
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
-    MOMENT: tl.constexpr = all_scalars.dtype.element_ty
+    TYPE: tl.constexpr = all_scalars.dtype.element_ty
     if tl.load(row + plan.ACTIVE) != 0:
         start = unit * TILE
         left = tl.minimum(tl.load(row + plan.NUMEL) - start, TILE).to(tl.int32)
@@ -147,12 +147,12 @@ def _child_adamw_words_kernel(
         grad = plan.address(row, plan.GRAD, GRAD)
         exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
         exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
-        master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
+        master = master_address(row, MASTER, TYPE)
         words = plan.address(row, plan.MASK_WORDS, tl.uint32) + start // 32
         ranks = plan.address(row, plan.CHILD_RANKS, tl.int64) + unit
         rank0 = tl.load(ranks)
         whole = (tl.load(ranks + 1) - rank0 == TILE) & _neighbours(
-            start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row, True
+            start, rank0, weight, grad, exp_avg, exp_avg_sq, master, row, FP32
         )
         if whole:
             key, first = tl.load(row + plan.PHILOX_KEY), tl.load(row + plan.ELEMENT_MAP) + start

@@ -1,7 +1,7 @@
-"""The step of tensors with moments for every weight (SPEC.md, eq. 8 to 12).
+"""The step of tensors with moments for every weight (SPEC.md, eq. 8 to 12, 17 and 18).
 
 A program takes one tile of one tensor. Weight and gradient: [numel] under the tensor's strides; exp_avg,
-exp_avg_sq and master weight: [numel], row-major; mask words: [ceil(numel / 32)].
+exp_avg_sq and master: [numel], row-major; mask words: [ceil(numel / 32)].
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import triton.language as tl
 
 from . import plan_columns as plan
 from . import step_scalars
-from .adamw_math import step_of
-from .philox import keep_bits, keep_bits_of_blocks, mapped_index
+from .adamw_math import FP32, SPLIT, STOCHASTIC, step_of
+from .philox import element_words, keep_bits, keep_bits_of_blocks, mapped_index, words_of_blocks
 
 
 @triton.jit
@@ -50,6 +50,24 @@ def _child_bits_of_tile(words, start, TILE: tl.constexpr):
 
 
 @triton.jit
+def _words_of_tile(element, key, step, purpose, FOURS: tl.constexpr, TILE: tl.constexpr):
+    """The words (eq. 2) of a tile that starts at an element whose index is a multiple of 4."""
+    if FOURS:
+        return words_of_blocks(element // 4 + tl.arange(0, TILE // 4), key, step, purpose)
+    else:
+        return element_words(element + tl.arange(0, TILE), key, step, purpose)
+
+
+@triton.jit
+def master_address(row, MASTER: tl.constexpr, TYPE: tl.constexpr):
+    """The pointer to what stands beside a row's weights: int16 remainders, or fp32 masters."""
+    if MASTER == SPLIT:
+        return plan.address(row, plan.MASTER, tl.int16)
+    else:
+        return plan.address(row, plan.MASTER, TYPE)
+
+
+@triton.jit
 def full_tile(
     weight, grad, exp_avg, exp_avg_sq, master, words, start, element, key, draws, scalars,
     MASTER: tl.constexpr, BERNOULLI: tl.constexpr, FIXED: tl.constexpr, TILE: tl.constexpr,
@@ -66,16 +84,18 @@ def full_tile(
     g = tl.load(fours(grad, lane))
     m = tl.load(exp_avg_at)
     v = tl.load(exp_avg_sq_at)
-    if MASTER:
+    KEPT: tl.constexpr = MASTER == FP32 or MASTER == SPLIT
+    if KEPT:
         old_master = tl.load(master_at)
     else:
         old_master = stored
     keep = True
     child = True
     # A thread has two fp64 elements at a time: what is made for four would have to change threads.
-    FOURS: tl.constexpr = exp_avg.dtype.element_ty == tl.float32
+    FOURS: tl.constexpr = scalars.dtype.element_ty == tl.float32
+    step = tl.load(draws)
     if BERNOULLI:
-        step, threshold = tl.load(draws), tl.load(draws + 1).to(tl.uint32)
+        threshold = tl.load(draws + 1).to(tl.uint32)
         if FOURS:
             blocks = element // 4 + tl.arange(0, TILE // 4)
             keep = keep_bits_of_blocks(blocks, key, step, threshold)
@@ -86,15 +106,21 @@ def full_tile(
             child = _child_bits_of_tile(words, start, TILE)
         else:
             child = child_bits(words, start + lane)
-    new_stored, new, m, v = step_of(
-        stored, old_master, g, m, v, keep, child, scalars,
+    words1, words2, words3 = 0, 0, 0
+    if MASTER == STOCHASTIC:
+        words1 = _words_of_tile(element, key, step, 1, FOURS, TILE)
+    if exp_avg.dtype.element_ty != scalars.dtype.element_ty:
+        words2 = _words_of_tile(element, key, step, 2, FOURS, TILE)
+        words3 = _words_of_tile(element, key, step, 3, FOURS, TILE)
+    new_stored, new_master, m, v = step_of(
+        stored, old_master, g, m, v, keep, child, words1, words2, words3, scalars,
         weight.dtype.element_ty, MASTER, BERNOULLI, FIXED,
     )  # fmt: skip
     tl.store(weight_at, new_stored)
     tl.store(exp_avg_at, m)
     tl.store(exp_avg_sq_at, v)
-    if MASTER:
-        tl.store(master_at, new)
+    if KEPT:
+        tl.store(master_at, new_master)
 
 
 @triton.jit
@@ -114,26 +140,35 @@ def step_of_lanes(
     g = tl.load(grad + place, exists)
     m = tl.load(exp_avg + rank, exists)
     v = tl.load(exp_avg_sq + rank, exists)
-    if MASTER:
+    KEPT: tl.constexpr = MASTER == FP32 or MASTER == SPLIT
+    if KEPT:
         old_master = tl.load(master + rank, exists)
     else:
         old_master = stored
+    MOMENTS_DRAW: tl.constexpr = exp_avg.dtype.element_ty != scalars.dtype.element_ty
     keep = True
-    if BERNOULLI:
+    words1, words2, words3 = 0, 0, 0
+    if BERNOULLI or MASTER == STOCHASTIC or MOMENTS_DRAW:
         element = local + tl.load(row + plan.ELEMENT_MAP)
         if whole == 0:
             element = mapped_index(local, row + plan.ELEMENT_MAP)
-        step, threshold = tl.load(draws), tl.load(draws + 1).to(tl.uint32)
-        keep = keep_bits(element, key, step, threshold, 0)
-    new_stored, new, m, v = step_of(
-        stored, old_master, g, m, v, keep, child, scalars,
+        step = tl.load(draws)
+        if BERNOULLI:
+            keep = keep_bits(element, key, step, tl.load(draws + 1).to(tl.uint32), 0)
+        if MASTER == STOCHASTIC:
+            words1 = element_words(element, key, step, 1)
+        if MOMENTS_DRAW:
+            words2 = element_words(element, key, step, 2)
+            words3 = element_words(element, key, step, 3)
+    new_stored, new_master, m, v = step_of(
+        stored, old_master, g, m, v, keep, child, words1, words2, words3, scalars,
         weight.dtype.element_ty, MASTER, BERNOULLI, FIXED,
     )  # fmt: skip
     tl.store(weight + place, new_stored, exists)
     tl.store(exp_avg + rank, m, exists)
     tl.store(exp_avg_sq + rank, v, exists)
-    if MASTER:
-        tl.store(master + rank, new, exists)
+    if KEPT:
+        tl.store(master + rank, new_master, exists)
 
 
 @triton.jit
@@ -164,7 +199,7 @@ def _any_tile(
 @triton.jit
 def _child_adamw_dense_kernel(
     rows, chunks, all_draws, all_scalars,
-    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MASTER: tl.constexpr,
+    WEIGHT: tl.constexpr, GRAD: tl.constexpr, MOMENT: tl.constexpr, MASTER: tl.constexpr,
     BERNOULLI: tl.constexpr, FIXED: tl.constexpr, TILE: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     """A tile of a tensor; the chunk names its row and which tile it is."""
@@ -174,7 +209,6 @@ def _child_adamw_dense_kernel(
     row = rows + index * plan.ROW
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
-    MOMENT: tl.constexpr = all_scalars.dtype.element_ty
     # All loads of the row go out at once: those behind a branch would wait for it.
     active = tl.load(row + plan.ACTIVE)
     numel = tl.load(row + plan.NUMEL)
@@ -182,14 +216,14 @@ def _child_adamw_dense_kernel(
     grad = plan.address(row, plan.GRAD, GRAD)
     exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
     exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
-    master = plan.address(row, plan.MASTER_WEIGHT, MOMENT)
+    master = master_address(row, MASTER, all_scalars.dtype.element_ty)
     words = plan.address(row, plan.MASK_WORDS, tl.int32)
     first = tl.load(row + plan.ELEMENT_MAP)
     neighbours = tl.load(row + plan.STORAGE_CONTIGUOUS) & tl.load(row + plan.ELEMENT_CONTIGUOUS)
     if active != 0:
         odd = misaligned(weight) | misaligned(grad) | misaligned(exp_avg)
         odd |= misaligned(exp_avg_sq) | (first & 3)
-        if MASTER:
+        if MASTER == FP32 or MASTER == SPLIT:
             odd |= misaligned(master)
         if (start + TILE <= numel) & (odd == 0) & (neighbours != 0):
             full_tile(

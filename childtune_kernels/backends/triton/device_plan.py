@@ -8,18 +8,26 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ...plan_row import DTYPE_CODES, GROUP_COLUMN, LAYOUT_CODES, ROW_COLUMN, WORDS_UNIT
+from ...plan_row import (
+    DTYPE_CODES,
+    GROUP_COLUMN,
+    LAYOUT_CODES,
+    MASTER_CODES,
+    ROW_COLUMN,
+    WORDS_UNIT,
+)
 from . import launch, step_scalars
 
 _KEEP_ALL = float(1 << 32)
 _DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _LAYOUTS = {code: name for name, code in LAYOUT_CODES.items()}
+_MASTERS = {code: kind for kind, code in MASTER_CODES.items()}
 # What decides on launches and chunk maps. Addresses of weights and gradients do not.
 _STRUCTURE = [
     ROW_COLUMN[name]
     for name in (
-        "group", "numel", "weight_dtype", "grad_dtype", "master_weight", "mask_words", "child_layout",
-        "child_count", "run_count", "child_ranks", "child_places",
+        "group", "numel", "weight_dtype", "grad_dtype", "moment_dtype", "master_kind", "mask_words",
+        "child_layout", "child_count", "run_count", "child_ranks", "child_places",
     )
 ]  # fmt: skip
 
@@ -27,18 +35,20 @@ _STRUCTURE = [
 class Combination(NamedTuple):
     """What the rows of one launch share.
 
-    ``layout``: "dense" (no fixed mask), "fixed" (a fixed mask over dense state), a layout of compact
-    state, or "outside" (decay of the weights outside a compact child).
+    ``master``: "none", "fp32", "split" or "stochastic"; ``moment``: the type of both moments; ``layout``:
+    "dense" (no fixed mask), "fixed" (a fixed mask over dense state), a layout of compact state, or "outside"
+    (decay of the weights outside a compact child).
     """
 
     weight: torch.dtype
     grad: torch.dtype
-    master: bool
+    moment: torch.dtype
+    master: str
     bernoulli: bool
     layout: str
 
     @property
-    def moment(self) -> torch.dtype:
+    def compute(self) -> torch.dtype:
         """The computing type."""
         return torch.float64 if self.weight == torch.float64 else torch.float32
 
@@ -68,12 +78,18 @@ def cut_of(combination: Combination, generation: str) -> Cut:
     if generation == "interpreter":
         return Cut(WORDS_UNIT if words else tile, WORDS_UNIT, tile, num_warps)
     threads = launch.lanes(generation, config)
-    double = combination.moment == torch.float64
+    double = combination.compute == torch.float64
     full = tile // 2 if double else tile
     scattered = threads if combination.bernoulli or double else 2 * threads
     if words:
         return Cut(WORDS_UNIT, full, scattered, num_warps)
     return Cut(full, full, scattered if combination.layout == "indices" else threads, num_warps)
+
+
+def outside(weight: torch.dtype) -> Combination:
+    """Decay of the weights outside a compact child."""
+    compute = torch.float64 if weight == torch.float64 else torch.float32
+    return Combination(weight, weight, compute, "none", False, "outside")
 
 
 class Launch(NamedTuple):
@@ -247,12 +263,15 @@ def _combinations_of(numbers: Sequence[int], group: Sequence[float]) -> list[Com
     layout = _LAYOUTS[numbers[ROW_COLUMN["child_layout"]]]
     if layout == "dense" and numbers[ROW_COLUMN["mask_words"]]:
         layout = "fixed"
-    master = numbers[ROW_COLUMN["master_weight"]] != 0
+    moment = _DTYPES[numbers[ROW_COLUMN["moment_dtype"]]]
+    master = _MASTERS[numbers[ROW_COLUMN["master_kind"]]]
+    if weight == torch.bfloat16 and group[GROUP_COLUMN["stochastic_rounding"]]:
+        master = "stochastic"
     bernoulli = group[GROUP_COLUMN["threshold"]] != _KEEP_ALL
-    combinations = [Combination(weight, grad, master, bernoulli, layout)]
+    combinations = [Combination(weight, grad, moment, master, bernoulli, layout)]
     frozen = group[GROUP_COLUMN["freeze_non_child"]]
     if layout in ("words", "indices", "runs") and not frozen:
-        combinations.append(Combination(weight, weight, False, False, "outside"))
+        combinations.append(outside(weight))
     return combinations
 
 

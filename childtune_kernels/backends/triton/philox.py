@@ -21,6 +21,13 @@ def block_words(counter, key, step, purpose):
 
 
 @triton.jit
+def words_of_blocks(counter, key, step, purpose):
+    """The words (eq. 2) of whole blocks: from counters ``[n]`` those of elements ``[4n]``, in order."""
+    w0, w1, w2, w3 = block_words(counter, key, step, purpose)
+    return tl.interleave(tl.interleave(w0, w2), tl.interleave(w1, w3))
+
+
+@triton.jit
 def keep_bits_of_blocks(counter, key, step, threshold):
     """Eq. 2 for whole blocks: from counters ``[n]`` the keep bits of elements ``[4n]``, in order.
 
@@ -34,12 +41,17 @@ def keep_bits_of_blocks(counter, key, step, threshold):
 
 
 @triton.jit
-def keep_bits(element, key, step, threshold, purpose):
-    """Eq. 2 for any elements (int64 tensor): a Philox block for each of them."""
+def element_words(element, key, step, purpose):
+    """The words (eq. 2) of any elements (int64 tensor): a Philox block for each of them."""
     w0, w1, w2, w3 = block_words(element >> 2, key, step, purpose)
     place = element & 3
-    word = tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
-    return word < threshold
+    return tl.where(place < 2, tl.where(place == 0, w0, w1), tl.where(place == 2, w2, w3))
+
+
+@triton.jit
+def keep_bits(element, key, step, threshold, purpose):
+    """Eq. 2 for any elements (int64 tensor)."""
+    return element_words(element, key, step, purpose) < threshold
 
 
 @triton.jit
