@@ -19,7 +19,6 @@ TABLE: dict[str, dict[str, str | None]] = {
         "cpp": "cpp",
         "reference": "reference.child_adamw",
     },
-    "master_weight": {"triton": None, "cpp": None, "reference": "reference.element_types"},
     "observe": {"triton": None, "cpp": "cpp", "reference": "reference.observe"},
     "keep_words": {
         "triton": "triton.keep_words",
@@ -61,7 +60,7 @@ class Choice:
 
 def _cell(op: str, backend: str, device: torch.device) -> Choice:
     if TABLE[op][backend] is None:
-        return Choice(op, backend, False, "no kernel: one of another column serves every device")
+        return Choice(op, backend, False, "no kernel: this op runs on the host, for every device")
     if backend == "reference":
         return Choice(op, backend, True, "plain PyTorch, serves every device")
     if backend == "triton":

@@ -178,7 +178,7 @@ def _with_masters_of(
         return changed
     masters = changed.pop(key(MASTERS[old], compact))
     if kind == "split":
-        changed[key("master_remainder", compact)] = ops.remainder_of(masters)
+        changed[key("master_remainder", compact)] = _remainder_of(masters)
     elif kind == "fp32":
         weights = parameter.detach()
         if compact:
@@ -186,6 +186,17 @@ def _with_masters_of(
             weights = child_layout.gather_child(weights, words)
         changed[key("master_weight", compact)] = ops.joined_master(weights, masters)
     return changed
+
+
+def _remainder_of(master: Tensor) -> Tensor:
+    """The remainders (eq. 17) that go with weights to which fp32 masters were rounded by eq. 12.
+
+    It is a matter of the master alone: the weights may be loaded later. Ties, half of which eq. 12 rounds
+    towards zero, come back one fp32 place nearer to it.
+    """
+    weight, remainder = ops.split_master(master)
+    tied = (weight != master.to(torch.bfloat16)) & ~master.isnan()
+    return torch.where(tied, torch.full_like(remainder, 2**15 - 1), remainder)
 
 
 def full_precision(parameter: Tensor, state: State) -> Tensor:

@@ -14,7 +14,7 @@ from .bitmask import (
 from .child_adamw import child_adamw_
 from .fisher_accumulate import check_squares, fisher_accumulate_
 from .keep_words import KEEP_ALL, keep_words
-from .master_weight import current_master, joined_master, remainder_of
+from .master_weight import current_master, joined_master, split_master
 from .observe import observe, observe_groups, watch
 from .tensors import HALF_TYPES, check_gradient, check_parameter, compute_dtype
 from .topk_select import (
@@ -50,10 +50,10 @@ __all__ = [
     "observe",
     "observe_groups",
     "pack_mask",
-    "remainder_of",
     "run_scores",
     "scatter_masked_",
     "select_words",
+    "split_master",
     "take_ties_",
     "unpack_mask",
     "watch",

@@ -1,7 +1,4 @@
-"""Op master_weight: fp32 masters, and the weights and remainders that they are kept as.
-
-For what happens once in a run (state dicts, masters by name): plain PyTorch serves every device.
-"""
+"""Masters outside a step, for state dicts and masters by name: the reference of op child_adamw serves."""
 
 from __future__ import annotations
 
@@ -12,23 +9,23 @@ from torch import Tensor
 from .. import registry
 
 
-def _serving(tensor: Tensor) -> ModuleType:
-    return registry.choose("master_weight", tensor.device, "reference").module
+def _reference(tensor: Tensor) -> ModuleType:
+    return registry.choose("child_adamw", tensor.device, "reference").module
 
 
 def joined_master(weight: Tensor, remainder: Tensor) -> Tensor:
     """The fp32 masters (SPEC.md, eq. 17) of bf16 weights and int16 remainders of the same shape."""
-    joined: Tensor = _serving(weight).joined_master(weight, remainder)
+    joined: Tensor = _reference(weight).joined_master(weight, remainder)
     return joined
+
+
+def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
+    """The bf16 weights and int16 remainders (SPEC.md, eq. 17) of fp32 masters."""
+    weight, remainder = _reference(master).split_master(master)
+    return weight, remainder
 
 
 def current_master(weight: Tensor, master: Tensor) -> Tensor:
     """Eq. 12: fp32 masters, or the 16-bit weights of the same shape where these were written since."""
-    current: Tensor = _serving(weight).current_master(weight, master)
+    current: Tensor = _reference(weight).current_master(weight, master)
     return current
-
-
-def remainder_of(master: Tensor) -> Tensor:
-    """The int16 remainders (eq. 17) that go with weights to which fp32 masters were rounded by eq. 12."""
-    remainder: Tensor = _serving(master).remainder_of(master)
-    return remainder

@@ -41,14 +41,3 @@ def joined_master(weight: Tensor, remainder: Tensor) -> Tensor:
     bits = high + remainder.to(torch.int32)
     # No master is stored so: a zero that somebody has written since.
     return torch.where((bits < 0) == (high < 0), bits, high).view(torch.float32)
-
-
-def remainder_of(master: Tensor) -> Tensor:
-    """The remainders (eq. 17) that go with weights to which fp32 masters were rounded by eq. 12.
-
-    Ties, of which eq. 12 moves half to the other neighbour, come one fp32 place too near to zero.
-    """
-    narrowed = narrow(master, torch.bfloat16).view(torch.int16).to(torch.int32) << 16
-    bits = master.view(torch.int32).to(torch.int64) - narrowed.to(torch.int64)
-    remainder = bits.clamp(max=2**15 - 1).to(torch.int16)
-    return torch.where(master.isnan(), torch.zeros_like(remainder), remainder)
