@@ -89,9 +89,8 @@ def _continued(
     saved_groups.check_same_labels(
         labels, own, ("this optimizer", "AdamW"), "build both with the same parameters"
     )
-    return saved_groups.by_label(
-        labels, own, [g["params"] for g in groups], [_adamw_options(g) for g in groups]
-    )
+    numbers, options = [g["params"] for g in groups], [_adamw_options(g) for g in groups]
+    return saved_groups.by_label(labels, own, numbers, options, "this optimizer")
 
 
 def _labels_of(

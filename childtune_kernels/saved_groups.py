@@ -210,12 +210,14 @@ def by_label(
     saved_labels: Sequence[Sequence[str]],
     saved_numbers: Sequence[Sequence[Any]],
     saved_options: Sequence[Mapping[str, Any]],
+    where: str = "the state dict",
 ) -> list[Continued]:
     """What groups of the given labels continue of saved groups with the same labels, in any grouping.
 
     Args:
         labels: those of each group.
         saved_labels, saved_numbers, saved_options: of each saved group.
+        where: who has them, for messages.
 
     Raises:
         ValueError: parameters of one group whose saved options differ.
@@ -232,11 +234,11 @@ def by_label(
             first_labels.setdefault(place[label][1], label)
         sources = [(label, saved_options[index]) for index, label in first_labels.items()]
         numbers = [place[label][0] for label in of_group]
-        result.append(Continued(numbers, _agreed(sources), set(first_labels)))
+        result.append(Continued(numbers, _agreed(sources, where), set(first_labels)))
     return result
 
 
-def _agreed(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
+def _agreed(sources: Sequence[tuple[str, Mapping[str, Any]]], where: str) -> dict[str, Any]:
     """A copy of the options of several saved groups, each under the label of one of its parameters."""
     if not sources:
         return {}
@@ -246,9 +248,9 @@ def _agreed(sources: Sequence[tuple[str, Mapping[str, Any]]]) -> dict[str, Any]:
             one, other = (given.get(name, _Absent()) for given in (agreed, options))
             if name != WROTE_OUTSIDE and not _same(one, other):
                 raise ValueError(
-                    f"{name} differs in the state dict: {one!r} for {first}, {other!r} for {label}, which "
-                    "are in one group now; put them into groups of their own, or give the saved "
-                    f"param_groups one {name} before loading"
+                    f"{name} differs in {where}: {one!r} for {first}, {other!r} for {label}, which are in "
+                    f"one group now; put them into groups of their own, or make {name} one in {where}'s "
+                    "param_groups"
                 )
     # Each group its own tensors: schedulers write into those of one group after the other.
     result = deepcopy(dict(agreed))
