@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import chain
 from typing import Any, overload
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import graph_capture, parameters, registry, state_dicts, state_tensors
+from . import adamw_export, graph_capture, parameters, registry, state_dicts, state_tensors
 from .child_mask import ChildMask
 from .group_options import WROTE_OUTSIDE, check_spelling, group_numbers
 from .step_planner import StepPlanner, state_of
@@ -207,7 +206,7 @@ class FusedChildAdamW(Optimizer):
         """Continue from a saved state, of FusedChildAdamW or of ``torch.optim.AdamW``.
 
         A FusedChildAdamW state brings its seed, options and mask: the run continues bit for bit. An
-        AdamW state brings moments, steps and AdamW's options; seed, mask and the others stay.
+        AdamW state brings moments, steps and AdamW's options. State goes by name, whatever the groups.
 
         Args:
             state_dict: what ``state_dict()`` gave; it is not changed and not kept.
@@ -225,7 +224,7 @@ class FusedChildAdamW(Optimizer):
                 state_dict = result
         with torch.inference_mode(False), torch.no_grad():
             groups, state = state_dicts.restored(
-                self.param_groups, self.state, state_dict, relabel=relabel
+                self.param_groups, self.state, state_dict, self.defaults, relabel=relabel
             )
         self.__setstate__({"param_groups": groups, "state": state})
         # What is added later belongs to the same run.
@@ -286,14 +285,19 @@ class FusedChildAdamW(Optimizer):
             self.state[parameter] = state
         self._planner.forget()
 
-    def to_adamw_state_dict(self) -> dict[str, Any]:
+    def to_adamw_state_dict(self, groups: adamw_export.Groups | None = None) -> dict[str, Any]:
         """The state as ``torch.optim.AdamW.load_state_dict`` takes it.
 
-        Masks, seed and master weights have no place in it and are left out. Dense moments are shared, not
-        copied; compact ones are spread out, with zeros outside the child.
+        Without masks, seed and masters. Dense moments are shared, not copied; compact ones are spread out.
+
+        Args:
+            groups: ``param_groups`` of the AdamW that loads it, if others; parameters match by identity,
+                else by name.
+
+        Raises:
+            ValueError: other parameters, or options that differ within one of ``groups``.
         """
-        members = list(chain.from_iterable(group["params"] for group in self.param_groups))
-        return state_dicts.adamw_state_dict(self.state_dict(), members)
+        return adamw_export.adamw_state_dict(self.state_dict(), self.param_groups, groups)
 
     def master_state_dict(self) -> dict[str, Tensor]:
         """The parameters with all the precision that training has given them, by label.
@@ -312,11 +316,7 @@ class FusedChildAdamW(Optimizer):
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors: moments, master weights, mask words and steps."""
-        return sum(
-            tensor.numel() * tensor.element_size()
-            for state in self.state.values()
-            for tensor in state.values()
-        )
+        return sum(tensor.nbytes for state in self.state.values() for tensor in state.values())
 
     def summary(self) -> str:
         """A table with a row a parameter: label, shape, p, child density, decay, backend, state bytes."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from copy import deepcopy
 from itertools import chain
 from typing import Any
@@ -12,14 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import child_layout, ops, state_tensors
-from .group_options import OPTIONS, WROTE_OUTSIDE, check_seed, check_spelling, group_numbers
-from .labels import is_positional, label_of
+from . import child_layout, ops, saved_groups, state_tensors
+from .group_options import check_spelling, group_numbers
 
-_ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
-_TORCH_ONLY = ("capturable", "differentiable", "decoupled_weight_decay", "fused", "foreach")
-# How this optimizer keeps its state: not the saved run's affair.
-_OWN_CHOICES = ("child_state", "master_weight", "state_dtype", "capturable")
+# What an optimizer keeps its state in, and the value that asks for nothing.
+_FORMATS = {"master_weight": "auto", "state_dtype": None}
 
 State = Mapping[str, Any]
 Groups = list[dict[str, Any]]
@@ -43,7 +40,12 @@ def packed(groups: Groups, states: Mapping[Tensor, State]) -> dict[str, Any]:
 
 
 def restored(
-    groups: Groups, states: Mapping[Tensor, State], saved: Mapping[str, Any], *, relabel: bool
+    groups: Groups,
+    states: Mapping[Tensor, State],
+    saved: Mapping[str, Any],
+    defaults: Mapping[str, Any],
+    *,
+    relabel: bool,
 ) -> tuple[Groups, defaultdict[Tensor, Any]]:
     """The parameter groups and state that loading ``saved`` gives; nothing of the arguments changes.
 
@@ -51,6 +53,7 @@ def restored(
         groups: the optimizer's parameter groups.
         states: the optimizer's state.
         saved: a state dict of FusedChildAdamW or ``torch.optim.AdamW``.
+        defaults: what the optimizer was built with: formats of the state that were asked for stay.
         relabel: accept saved labels that differ.
 
     Raises:
@@ -60,93 +63,36 @@ def restored(
         raise ValueError(
             "the state dict lacks state or param_groups; give what state_dict() returned"
         )
-    saved_groups = deepcopy(saved["param_groups"])
-    _check_sizes(groups, saved_groups)
-    _check_labels(groups, saved_groups, relabel)
+    # What groups share, a learning rate that is a tensor, they go on sharing.
+    copies = deepcopy(saved["param_groups"])
+    own = saved_groups.are_own(copies)
+    asked = {name: defaults[name] for name, auto in _FORMATS.items() if defaults[name] != auto}
+    continued = saved_groups.continued(groups, copies, relabel=relabel)
     new_states: defaultdict[Tensor, Any] = defaultdict(dict)
     new_groups = []
-    for group, saved_group in zip(groups, saved_groups, strict=True):
-        own = "reserve_p" in saved_group
-        if not own:
-            _check_is_adamw(saved_group)
-        new_group = _restored_group(group, saved_group, own)
-        for label, parameter, index in zip(
-            group["param_names"], group["params"], saved_group["params"], strict=True
+    for group, (numbers, options, _) in zip(groups, continued, strict=True):
+        new_group = _restored_group(group, options | asked)
+        for label, parameter, number in zip(
+            group["param_names"], group["params"], numbers, strict=True
         ):
-            entry = saved["state"].get(index, {})
+            entry = saved["state"].get(number, {})
             new_states[parameter] = _restored_state(
                 label, parameter, entry, states[parameter], new_group, own
             )
         masked = any(child_layout.has_child(new_states[member]) for member in group["params"])
         group_numbers(new_group, masked, "the state dict")
         new_groups.append(new_group)
+    saved_groups.warn_of_lost_differences(groups, new_groups, [each.sources for each in continued])
     return new_groups, new_states
 
 
-def _check_sizes(groups: Groups, saved_groups: Groups) -> None:
-    sizes = [len(group["params"]) for group in groups]
-    saved_sizes = [len(group["params"]) for group in saved_groups]
-    if sizes != saved_sizes:
-        raise ValueError(
-            f"the state dict has groups of {saved_sizes} parameters, the optimizer of {sizes}; build "
-            "the optimizer with the groups it was saved with"
-        )
-
-
-def _check_labels(groups: Groups, saved_groups: Groups, relabel: bool) -> None:
-    """Saved labels must be those of construction; a state without labels fits by position."""
-    if relabel:
-        return
-    differing = []
-    for group, saved_group in zip(groups, saved_groups, strict=True):
-        saved_names = saved_group.get("param_names")
-        if saved_names is None:
-            continue
-        if len(saved_names) != len(group["param_names"]):
-            raise ValueError(
-                f"the state dict has {len(saved_names)} param_names for a group of "
-                f"{len(group['param_names'])} parameters; it was altered or cut"
-            )
-        saved_labels = [name if is_positional(name) else label_of(name) for name in saved_names]
-        differing += [
-            f"{saved} (saved) is not {label}"
-            for saved, label in zip(saved_labels, group["param_names"], strict=True)
-            if saved != label
-        ]
-    if differing:
-        raise ValueError(
-            f"{len(differing)} labels of the state dict differ: {'; '.join(differing[:4])}; Bernoulli "
-            "masks follow labels: build the optimizer with the same names, or load with relabel=True"
-        )
-
-
-def _check_is_adamw(saved: Mapping[str, Any]) -> None:
-    """Refuse the groups of optimizers that mean something else by the same state."""
-    # RAdam's groups look like AdamW's but for amsgrad.
-    coupled = saved.get("decoupled_weight_decay") is False and saved.get("weight_decay")
-    if (
-        coupled
-        or not {"betas", "amsgrad"} <= saved.keys()
-        or "momentum_decay" in saved
-        or "rho" in saved
-    ):
-        raise ValueError(
-            "the state dict is of another optimizer; load one of AdamW's kind (decoupled decay, betas)"
-        )
-
-
-def _restored_group(group: dict[str, Any], saved: dict[str, Any], own: bool) -> dict[str, Any]:
-    if own:
-        taken = {name: value for name, value in saved.items() if name not in _OWN_CHOICES}
-    elif saved.get("amsgrad"):
-        raise ValueError("the state dict is of AdamW with amsgrad=True, which is not supported")
-    else:
-        foreign = set(OPTIONS) - set(_ADAMW_OPTIONS) | set(_TORCH_ONLY)
-        taken = {name: value for name, value in saved.items() if name not in foreign}
-    restored_group = {**group, **taken}
-    restored_group["params"], restored_group["param_names"] = group["params"], group["param_names"]
-    if own:
-        check_seed(saved.get("seed"), "the state dict")
+def _restored_group(group: dict[str, Any], options: dict[str, Any]) -> dict[str, Any]:
+    moved = {
+        name: value.to(group[name].device)
+        for name, value in options.items()
+        if isinstance(value, Tensor) and isinstance(group.get(name), Tensor)
+    }
+    restored_group = {**group, **options, **moved}
     check_spelling(restored_group, "the state dict")
     return restored_group
 
@@ -258,31 +204,3 @@ def _warn_of_other_mask(label: str, saved: Tensor | None, current: Tensor | None
         UserWarning,
         stacklevel=5,
     )
-
-
-def adamw_state_dict(state_dict: Mapping[str, Any], members: Sequence[Tensor]) -> dict[str, Any]:
-    """A FusedChildAdamW state dict as ``torch.optim.AdamW.load_state_dict`` takes it.
-
-    ``members``: the parameters, in the order of their numbers.
-    """
-    defaults = torch.optim.AdamW([torch.zeros(1)]).defaults
-    states = {
-        index: {
-            "step": torch.tensor(float(entry["step"]), dtype=torch.float32),
-            **state_tensors.dense_moments(members[index], entry),
-        }
-        for index, entry in state_dict["state"].items()
-    }
-    groups = []
-    for group in state_dict["param_groups"]:
-        own_keys = set(OPTIONS) | {WROTE_OUTSIDE, "seed", "param_names"}
-        kept = {name: value for name, value in group.items() if name not in own_keys}
-        kept |= {name: group[name] for name in _ADAMW_OPTIONS}
-        if not _all_positional(group["param_names"]):
-            kept["param_names"] = group["param_names"]
-        groups.append({**defaults, **kept})
-    return {"state": states, "param_groups": groups}
-
-
-def _all_positional(labels: Sequence[str]) -> bool:
-    return all(is_positional(label) for label in labels)

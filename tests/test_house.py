@@ -33,7 +33,7 @@ FLOORS: list[set[str]] = [
         "smallest_words",
         "weight_bits",
     },
-    {"state_tensors", "summary"},  # the state of one parameter
+    {"saved_groups", "state_tensors", "summary"},  # groups that were saved; a parameter's state
     {"step_plan"},  # the tables of a step
     # what an optimizer, a model and a disk bring; gradients one by one; Fisher to masks
     {
@@ -44,7 +44,7 @@ FLOORS: list[set[str]] = [
         "selection",
         "weight_files",
     },
-    {"child_file", "fisher_sums", "state_dicts"},  # what is loaded and saved
+    {"adamw_export", "child_file", "fisher_sums", "state_dicts"},  # what is loaded and saved
     {"graph_capture"},  # what stands when a step goes into a CUDA graph
     {"step_planner"},  # which plans a step takes
     {"child_checkpoint", "fisher", "optimizer"},
