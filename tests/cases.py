@@ -398,7 +398,7 @@ def bit_pattern(tensor: Tensor) -> Tensor:
 
 def raw_bits(tensor: Tensor) -> Tensor:
     """A tensor's bits as integers on the CPU, NaN payloads included."""
-    return tensor.detach().cpu().contiguous().view(_INTEGERS[tensor.dtype])
+    return tensor.detach().cpu().contiguous().view(_INTEGERS.get(tensor.dtype, tensor.dtype))
 
 
 def assert_same_bits(found: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:

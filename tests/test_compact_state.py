@@ -145,6 +145,8 @@ def masked_by_hand(
     kept: dict[str, Tensor] = {"step": state["step"].clone()}
     for name in ("exp_avg", "exp_avg_sq"):
         kept[name] = torch.where(old & new, state[name], 0.0)
+    if "master_remainder" in state:
+        kept["master_remainder"] = torch.where(old & new, state["master_remainder"], 0)
     if "master_weight" in state:
         kept["master_weight"] = torch.where(old & new, state["master_weight"], weight.float())
     return kept
@@ -278,7 +280,9 @@ def test_set_child_mask_needs_an_eps() -> None:
 def test_masters_of_the_child_cannot_take_decay_outside_it() -> None:
     parameters = toy_parameters(torch.bfloat16)
     mask = toy_mask(parameters)
-    remedy = "freeze_non_child=False with compact state and a weight of torch.bfloat16.*child_state='dense'"
+    remedy = (
+        "freeze_non_child=False with compact state, a weight of torch.bfloat16.*child_state='dense'"
+    )
     with pytest.raises(ValueError, match=remedy):
         FusedChildAdamW(
             parameters.items(), child_mask=mask, child_state="compact", freeze_non_child=False

@@ -238,7 +238,7 @@ def test_masters_outside_the_child_come_through_a_load() -> None:
     train(optimizer, parameters, range(3))
     state = optimizer.state[parameters["layer.weight"]]
     outside = ~mask.dense("layer.weight")
-    lost = state["master_weight"] != parameters["layer.weight"].detach().float()
+    lost = state["master_remainder"] != 0
     assert lost[outside].float().mean() > 0.9
     twins = {name: Parameter(p.detach().clone()) for name, p in parameters.items()}
     resumed = FusedChildAdamW(twins.items(), freeze_non_child=False, child_mask=mask)

@@ -53,8 +53,10 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("convention", "orginal", "one of .*'torch', 'original'"),
     ("convention", None, "one of .*'torch', 'original'"),
     ("child_state", "sparse", "one of .*'dense'"),
-    ("master_weight", "split", "one of .*'auto', 'fp32', 'none'"),
-    ("master_weight", None, "one of .*'auto', 'fp32', 'none'"),
+    ("master_weight", "fp64", "one of .*'split', 'fp32', 'stochastic', 'none'"),
+    ("master_weight", None, "one of .*'split', 'fp32', 'stochastic', 'none'"),
+    ("state_dtype", torch.float16, "must be None, torch.float32 or torch.bfloat16"),
+    ("state_dtype", "bfloat16", "must be None, torch.float32 or torch.bfloat16"),
     ("amsgrad", True, "use amsgrad=False"),
 ]
 IDENTITIES = [f"{option}={value}" for option, value, _ in BAD_OPTIONS]
@@ -249,7 +251,8 @@ def test_every_option_stands_in_every_group() -> None:
         [{"params": [pair]} for pair in parameters.items()], child_mask=mask
     )
     options = {"lr", "betas", "eps", "weight_decay", "reserve_p", "freeze_non_child", "convention",
-               "correct_bias", "maximize", "child_state", "master_weight", "seed"}  # fmt: skip
+               "correct_bias", "maximize", "child_state", "master_weight", "state_dtype",
+               "seed"}  # fmt: skip
     for group in optimizer.param_groups:
         assert options <= group.keys()
         assert not any(isinstance(value, ChildMask) for value in group.values())

@@ -237,7 +237,7 @@ def test_summary_has_a_row_a_parameter() -> None:
         (torch.float32, "auto", 8),
         (torch.float32, "fp32", 8),
         (torch.float64, "auto", 16),
-        (torch.bfloat16, "auto", 12),
+        (torch.bfloat16, "auto", 10),
         (torch.bfloat16, "fp32", 12),
         (torch.float16, "auto", 12),
         (torch.bfloat16, "none", 8),

@@ -220,11 +220,11 @@ def test_what_a_state_dict_holds() -> None:
         state_dict["state"].values(), parameters.items(), strict=True
     ):
         kept = {"step": torch.int64, "exp_avg": torch.float32, "exp_avg_sq": torch.float32,
-                "master_weight": torch.float32, "mask_words": torch.int32}  # fmt: skip
+                "master_remainder": torch.int16, "mask_words": torch.int32}  # fmt: skip
         if name == "scale":
             del kept["mask_words"]
         assert {key: tensor.dtype for key, tensor in entry.items()} == kept
-        assert entry["exp_avg"].shape == entry["master_weight"].shape == parameter.shape
+        assert entry["exp_avg"].shape == entry["master_remainder"].shape == parameter.shape
         assert entry["step"].shape == ()
 
 
@@ -233,7 +233,7 @@ def test_what_a_state_dict_holds_of_compact_state() -> None:
     parameters = toy_parameters(torch.bfloat16)
     mask = toy_mask(parameters, dense=["scale"])
     for layout in LAYOUTS:
-        optimizer = optimizer_of(parameters, True)
+        optimizer = optimizer_of(parameters, True, master_weight="fp32")
         lay_out_children(optimizer, layout)
         entries = optimizer.state_dict()["state"].values()
         for entry, (name, parameter) in zip(entries, parameters.items(), strict=True):

@@ -171,7 +171,14 @@ def _specials(dtype: torch.dtype, backend: str, **options: Any) -> dict[str, Ten
 @pytest.mark.parametrize("convention", ["torch", "original"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 def test_special_values(dtype: torch.dtype, convention: str, column: str) -> None:
-    for options in ({}, {"reserve_p": 0.5}, {"eps": 0.0}, {"master_weight": "none"}):
+    several: list[dict[str, Any]] = [
+        {}, {"reserve_p": 0.5}, {"eps": 0.0}, {"master_weight": "none"}, {"master_weight": "fp32"},
+    ]  # fmt: skip
+    if dtype != torch.float64:
+        several.append({"state_dtype": torch.bfloat16})
+    if dtype == torch.bfloat16:
+        several.append({"master_weight": "stochastic", "state_dtype": torch.bfloat16})
+    for options in several:
         chosen = {"lr": 1e-2, "convention": convention, **options}
         assert_same_bits(
             _specials(dtype, column, **chosen), _specials(dtype, "reference", **chosen)

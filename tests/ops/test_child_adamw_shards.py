@@ -20,7 +20,18 @@ from ..child_states import state_in_full
 from ..columns import device_of, placed
 
 View = Callable[[Tensor], Tensor]
-DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+# The type of the weights, and how they and their moments are kept.
+KINDS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (torch.float32, {}),
+    "fp64": (torch.float64, {}),
+    "bf16": (torch.bfloat16, {}),
+    "fp16": (torch.float16, {}),
+    "fp32_bf16_state": (torch.float32, {"state_dtype": torch.bfloat16}),
+    "stochastic": (
+        torch.bfloat16,
+        {"master_weight": "stochastic", "state_dtype": torch.bfloat16},
+    ),
+}
 STEPS = 3
 LABEL = "layer.weight"
 GROUP: dict[str, Any] = {
@@ -35,6 +46,7 @@ GROUP: dict[str, Any] = {
     "convention": "torch",
     "child_state": "dense",
     "master_weight": "auto",
+    "state_dtype": None,
     "amsgrad": False,
     "capturable": False,
     "seed": SEED,
@@ -98,12 +110,14 @@ def _in_memory(values: Tensor, offset: int) -> Tensor:
 def stepped(
     shards: Sequence[tuple[View, IndexMap]],
     sizes: Sequence[int],
-    dtype: torch.dtype,
+    kind: str,
     backend: str,
     offset: int = 0,
     group: dict[str, Any] = GROUP,
 ) -> dict[str, Tensor]:
     """Steps on all shards in one plan; the whole weight and moments, put together again on the CPU."""
+    dtype, formats = KINDS[kind]
+    group = {**group, **formats}
     device = device_of(backend)
     child = torch.rand(tuple(sizes), generator=generator_of("shards")) < 0.6
     weight = random_values(sizes, dtype, "shards")
@@ -137,48 +151,48 @@ def _joined(
             if name == "step":
                 assert int(tensor) == STEPS
                 continue
-            whole = joined.setdefault(name, torch.full(tuple(sizes), torch.nan, dtype=tensor.dtype))
+            whole = joined.setdefault(name, torch.full(tuple(sizes), 77, dtype=tensor.dtype))
             view(whole).copy_(tensor)
     return joined
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("partition", PARTITIONS)
-def test_shards_do_what_the_whole_does(partition: str, dtype: torch.dtype, column: str) -> None:
+def test_shards_do_what_the_whole_does(partition: str, kind: str, column: str) -> None:
     sizes, views = PARTITIONS[partition]
     whole: list[tuple[View, IndexMap]] = [(_everything, contiguous_map(torch.Size(sizes).numel()))]
-    expected = stepped(whole, sizes, dtype, "reference")
+    expected = stepped(whole, sizes, kind, "reference")
     assert expected["weight"].isfinite().all()
     shards = [(view, element_map_of(view, sizes)) for view in views]
-    assert_same_bits(stepped(shards, sizes, dtype, column), expected)
-    assert_same_bits(stepped(shards, sizes, dtype, "reference"), expected)
+    assert_same_bits(stepped(shards, sizes, kind, column), expected)
+    assert_same_bits(stepped(shards, sizes, kind, "reference"), expected)
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "stochastic"])
 @pytest.mark.parametrize("partition", PARTITIONS)
 def test_shards_in_compact_state_do_what_the_whole_does_in_dense_state(
-    partition: str, dtype: torch.dtype, column: str
+    partition: str, kind: str, column: str
 ) -> None:
     sizes, views = PARTITIONS[partition]
     frozen = {**GROUP, "freeze_non_child": True}
     whole: list[tuple[View, IndexMap]] = [(_everything, contiguous_map(torch.Size(sizes).numel()))]
-    expected = stepped(whole, sizes, dtype, "reference", group=frozen)
+    expected = stepped(whole, sizes, kind, "reference", group=frozen)
     shards = [(view, element_map_of(view, sizes)) for view in views]
     compact = {**frozen, "child_state": "compact"}
     for offset in (0, 3):
-        assert_same_bits(stepped(shards, sizes, dtype, column, offset, compact), expected)
+        assert_same_bits(stepped(shards, sizes, kind, column, offset, compact), expected)
 
 
 @pytest.mark.usefixtures("one_thread")
 @pytest.mark.parametrize("offset", [1, 3, 5, 16])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_alignment_changes_nothing(dtype: torch.dtype, offset: int, column: str) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_alignment_changes_nothing(kind: str, offset: int, column: str) -> None:
     sizes, views = PARTITIONS["rows_unaligned"]
     shards = [(view, element_map_of(view, sizes)) for view in views]
-    expected = stepped(shards, sizes, dtype, "reference")
-    assert_same_bits(stepped(shards, sizes, dtype, column, offset), expected)
+    expected = stepped(shards, sizes, kind, "reference")
+    assert_same_bits(stepped(shards, sizes, kind, column, offset), expected)
 
 
 @pytest.mark.usefixtures("one_thread")
@@ -192,12 +206,10 @@ def test_shards_of_huge_tensors(base: int, column: str) -> None:
         for found in [element_map_of(view, sizes)]
     ]
     whole: list[tuple[View, IndexMap]] = [(_everything, contiguous_map(sizes[0], base))]
-    expected = stepped(whole, sizes, torch.float32, "reference")
+    expected = stepped(whole, sizes, "fp32", "reference")
     near: list[tuple[View, IndexMap]] = [(_everything, contiguous_map(sizes[0]))]
-    assert not torch.equal(
-        expected["weight"], stepped(near, sizes, torch.float32, "reference")["weight"]
-    )
-    assert_same_bits(stepped(far, sizes, torch.float32, column), expected)
+    assert not torch.equal(expected["weight"], stepped(near, sizes, "fp32", "reference")["weight"])
+    assert_same_bits(stepped(far, sizes, "fp32", column), expected)
 
 
 def test_a_refused_gradient_leaves_no_row_behind() -> None:
