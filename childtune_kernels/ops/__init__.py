@@ -13,6 +13,7 @@ from .bitmask import (
 )
 from .child_adamw import child_adamw_
 from .fisher_accumulate import check_squares, fisher_accumulate_
+from .gradient_norm import gradient_norm
 from .keep_words import KEEP_ALL, keep_words
 from .observe import observe, observe_groups, watch
 from .tensors import HALF_TYPES, check_gradient, check_parameter, compute_dtype
@@ -41,6 +42,7 @@ __all__ = [
     "digit_histogram",
     "fisher_accumulate_",
     "gather_masked",
+    "gradient_norm",
     "keep_words",
     "mask_indices",
     "mask_ranks",
