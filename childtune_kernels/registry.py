@@ -19,6 +19,11 @@ TABLE: dict[str, dict[str, str | None]] = {
         "cpp": "cpp",
         "reference": "reference.child_adamw",
     },
+    "gradient_norm": {
+        "triton": "triton.gradient_norm",
+        "cpp": "cpp",
+        "reference": "reference.gradient_norm",
+    },
     "observe": {"triton": None, "cpp": "cpp", "reference": "reference.observe"},
     "keep_words": {
         "triton": "triton.keep_words",

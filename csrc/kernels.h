@@ -46,6 +46,12 @@ struct Kernels {
   int64_t (*select_words)(const uint32_t* scores, int64_t count, int32_t threshold, bool largest, uint32_t* words);
   void (*take_ties)(const uint32_t* scores, int64_t count, int32_t threshold, int64_t quota, uint32_t* words);
   int64_t (*run_scores)(const uint32_t* scores, int64_t count, int64_t granularity, float* runs);
+  // Sums of units of 4096 elements, each written in the unit's own place: of all squared gradients, and of
+  // those that count after the masks where there is room for them (`after_mask`, else null). `words`: the
+  // fixed mask, or null.
+  void (*gradient_norm_row)(const PlanRow& row, const PlanGroup& group, const uint32_t* words, int64_t first,
+                            int64_t last, double* every, double* after_mask);
+  double (*unit_sum)(const double* values, int64_t count);  // of 4096 values at most
 };
 
 enum Capability : int64_t { kBaseline = 0, kAvx2 = 1, kAvx512 = 2 };

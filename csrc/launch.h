@@ -40,6 +40,7 @@ void take_ties_(std::vector<Tensor> scores, int64_t threshold, Tensor quotas, in
                 int64_t capability);
 void run_scores_(std::vector<Tensor> scores, int64_t granularity, std::vector<Tensor> runs, Tensor refused,
                  int64_t capability);
+void gradient_norm_(Tensor rows, Tensor groups, Tensor words, bool after_mask, Tensor sums, int64_t capability);
 int64_t watch_handles(std::vector<Tensor> tensors);
 
 }  // namespace childtune

@@ -41,6 +41,8 @@ STABLE_TORCH_LIBRARY(childtune_kernels, m) {
       "take_ties_(Tensor[] scores, int threshold, Tensor quotas, int unit, Tensor(a!)[] words, int capability) -> ()");
   m.def(
       "run_scores_(Tensor[] scores, int granularity, Tensor(a!)[] runs, Tensor(b!) refused, int capability) -> ()");
+  m.def(
+      "gradient_norm_(Tensor rows, Tensor groups, Tensor words, bool after_mask, Tensor(a!) sums, int capability) -> ()");
   m.def("watch_handles(Tensor[] tensors) -> int");
   m.def("has_capability(int capability) -> bool");
   m.def("row_fields() -> str");
@@ -62,6 +64,7 @@ STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CPU, m) {
   m.impl("select_words_", TORCH_BOX(&childtune::select_words_));
   m.impl("take_ties_", TORCH_BOX(&childtune::take_ties_));
   m.impl("run_scores_", TORCH_BOX(&childtune::run_scores_));
+  m.impl("gradient_norm_", TORCH_BOX(&childtune::gradient_norm_));
 }
 
 STABLE_TORCH_LIBRARY_IMPL(childtune_kernels, CompositeExplicitAutograd, m) {

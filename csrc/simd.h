@@ -97,6 +97,10 @@ CHILDTUNE_INLINE VecU32 select(uint64_t bits, VecU32 a, VecU32 b) {
   return (VecU32)_mm512_mask_blend_epi32((__mmask16)bits, (__m512i)b, (__m512i)a);
 }
 
+// The lower and the upper half of the lanes, widened.
+CHILDTUNE_INLINE VecF64 widened_low(VecF32 x) { return (VecF64)_mm512_cvtps_pd(_mm512_castps512_ps256((__m512)x)); }
+CHILDTUNE_INLINE VecF64 widened_high(VecF32 x) { return (VecF64)_mm512_cvtps_pd(_mm512_extractf32x8_ps((__m512)x, 1)); }
+
 CHILDTUNE_INLINE VecF32 half_to_float(HalfU16 x) { return (VecF32)_mm512_cvtph_ps((__m256i)x); }
 CHILDTUNE_INLINE HalfU16 float_to_half(VecF32 x) {
   return (HalfU16)_mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -132,6 +136,8 @@ CHILDTUNE_INLINE VecU64 multiply_low32(VecU64 a, VecU64 b) {
   return (VecU64)_mm256_mul_epu32((__m256i)a, (__m256i)b);
 }
 CHILDTUNE_INLINE VecU64 upper_half(VecU64 x) { return (VecU64)_mm256_shuffle_epi32((__m256i)x, 0xF5); }
+CHILDTUNE_INLINE VecF64 widened_low(VecF32 x) { return (VecF64)_mm256_cvtps_pd(_mm256_castps256_ps128((__m256)x)); }
+CHILDTUNE_INLINE VecF64 widened_high(VecF32 x) { return (VecF64)_mm256_cvtps_pd(_mm256_extractf128_ps((__m256)x, 1)); }
 CHILDTUNE_INLINE VecF32 half_to_float(HalfU16 x) { return (VecF32)_mm256_cvtph_ps((__m128i)x); }
 CHILDTUNE_INLINE HalfU16 float_to_half(VecF32 x) {
   return (HalfU16)_mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -164,6 +170,21 @@ CHILDTUNE_INLINE VecU64 multiply_low32(VecU64 a, VecU64 b) {
 #endif
 }
 CHILDTUNE_INLINE VecU64 upper_half(VecU64 x) { return x >> 32; }
+#if defined(__x86_64__)
+CHILDTUNE_INLINE VecF64 widened_low(VecF32 x) { return (VecF64)_mm_cvtps_pd((__m128)x); }
+CHILDTUNE_INLINE VecF64 widened_high(VecF32 x) { return (VecF64)_mm_cvtps_pd(_mm_movehl_ps((__m128)x, (__m128)x)); }
+#else
+CHILDTUNE_INLINE VecF64 widened_low(VecF32 x) {
+  VecF64 wide{};
+  for (int lane = 0; lane < kLanes64; ++lane) wide[lane] = x[lane];
+  return wide;
+}
+CHILDTUNE_INLINE VecF64 widened_high(VecF32 x) {
+  VecF64 wide{};
+  for (int lane = 0; lane < kLanes64; ++lane) wide[lane] = x[kLanes64 + lane];
+  return wide;
+}
+#endif
 CHILDTUNE_INLINE uint64_t lane_bits(VecI32 mask) {
 #if defined(__x86_64__)
   return uint32_t(_mm_movemask_ps((__m128)mask));

@@ -104,6 +104,24 @@ def child_adamw_(
     torch.ops.childtune_kernels.child_adamw_(row_table, group_table, capability())
 
 
+def gradient_norm(
+    rows: Sequence[Any],
+    row_table: Tensor,
+    group_table: Tensor,
+    kept: dict[str, Any],
+    words: Tensor | None,
+    capturing: bool,
+) -> Tensor:
+    """Sums of squared gradients (contract: ops.gradient_norm); ``words``: addresses of mask words by row."""
+    del rows, kept, capturing
+    sums = torch.empty(2, dtype=torch.float64, device="cpu")
+    after_mask = words is not None
+    torch.ops.childtune_kernels.gradient_norm_(
+        row_table, group_table, row_table if words is None else words, after_mask, sums, capability()
+    )
+    return sums
+
+
 def watch(states: Sequence[dict[str, Tensor]]) -> Any:
     """Handles of all state tensors (contract: ops.watch)."""
     tensors = list(chain.from_iterable(map(dict.values, states)))

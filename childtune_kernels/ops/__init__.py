@@ -13,6 +13,7 @@ from .bitmask import (
 )
 from .child_adamw import child_adamw_
 from .fisher_accumulate import check_squares, fisher_accumulate_
+from .gradient_norm import gradient_norm
 from .keep_words import KEEP_ALL, keep_words
 from .master_weight import current_master, joined_master, split_master
 from .observe import observe, observe_groups, watch
@@ -43,6 +44,7 @@ __all__ = [
     "digit_histogram",
     "fisher_accumulate_",
     "gather_masked",
+    "gradient_norm",
     "joined_master",
     "keep_words",
     "mask_indices",

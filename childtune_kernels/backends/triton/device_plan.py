@@ -118,6 +118,7 @@ class DevicePlan:
         self._held: list[Any] = []
         self._spare: list[Tensor] = []
         self._captured: list[Any] = []
+        self._begun: tuple[Tensor, Tensor] | None = None
 
     def refresh(
         self, rows: Sequence[Any], row_table: Tensor, group_table: Tensor
@@ -131,7 +132,7 @@ class DevicePlan:
             The tables on the device.
         """
         # Until all of it stands, nothing may be taken for planned.
-        was_whole, self._whole = self._whole, False
+        was_whole, self._whole, self._begun = self._whole, False, None
         known = self._host.get("rows")
         other_rows = self._send("rows", row_table) and not _differ_in_gradients(known, row_table)
         if self._send("groups", group_table) or other_rows or not was_whole:
@@ -147,15 +148,23 @@ class DevicePlan:
         self._whole = True
         return self._on_device["rows"], self._on_device["groups"]
 
-    def captured(self, row_table: Tensor, group_table: Tensor) -> tuple[Tensor, Tensor]:
+    def captured(
+        self, row_table: Tensor, group_table: Tensor, goes_on: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """Tables for a graph alone: eager steps write others, and replays read what stands here now.
 
         No memory can be pinned during a capture, so a block has been kept ready. It belongs to the graph from
         now on, which sends it at every replay.
 
+        Args:
+            goes_on: another op of the same step asks next, and gets the same tables.
+
         Raises:
             RuntimeError: nothing is ready, or the step would need other launches than the last one.
         """
+        begun, self._begun = self._begun, None
+        if begun is not None and not goes_on:
+            return begun
         structure = self._structure_of(row_table, group_table)
         if not self._spare or not self._whole or not torch.equal(structure, self._structure):
             raise RuntimeError(
@@ -173,7 +182,9 @@ class DevicePlan:
         # A later plan of other launches takes new ones: the graph goes on with these.
         own = (self.draws, self.scalars, self.count, self.launches, self._held)
         self._captured.append((pinned, sent, own))
-        return sent[0], sent[1]
+        tables = sent[0], sent[1]
+        self._begun = tables if goes_on else None
+        return tables
 
     def _send(self, name: str, table: Tensor) -> bool:
         """Whether a table differs from what the device has; then it is sent, without waiting."""

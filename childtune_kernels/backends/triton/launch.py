@@ -65,19 +65,26 @@ _GENERATIONS: dict[str, dict[str, Config]] = {
         "child_adamw": Config(1024, 4),
         "child_adamw_compact": Config(1024, 4),
         "fisher_accumulate": Config(1024, 4),
+        "gradient_norm": Config(1 << 15, 4),
     },
 }
 _DEFAULTS = {
     "child_adamw": Config(1024, 8),
     "child_adamw_compact": Config(1024, 8),
     "fisher_accumulate": Config(1024, 8),
+    # A unit of 4096 elements for every 32 threads, each with four elements of its 32 rows.
+    "gradient_norm": Config(1 << 15, 8),
     "keep_words": Config(512, 8),
     "bitmask": Config(4096, 8),
     "topk_select": Config(4096, 8),
 }
 # The interpreter pays by operation, not by element.
 _INTERPRETER = Config(4096, 1)
-_INTERPRETER_BY_OP = {"bitmask": Config(1 << 15, 1), "topk_select": Config(1 << 14, 1)}
+_INTERPRETER_BY_OP = {
+    "bitmask": Config(1 << 15, 1),
+    "gradient_norm": Config(1 << 14, 1),
+    "topk_select": Config(1 << 14, 1),
+}
 
 
 def generation(device: torch.device) -> str:
