@@ -92,8 +92,9 @@ class Captures:
         self._plans: list[tuple[StepPlan, bytes, dict[str, int]]] = []
         self._held: list[Any] = []
 
-    def add(self, plans: Sequence[StepPlan]) -> None:
-        """Note that a step of these plans has been captured."""
+    def add(self, plans: Sequence[StepPlan], factors: Sequence[Any]) -> None:
+        """Note that a step of these plans has been captured, with what it was scaled and clipped by."""
+        self._held += factors
         for plan in plans:
             self._plans.append((plan, plan.placed, plan.addresses))
             self._held += [row.parameter.grad for row in plan.rows]

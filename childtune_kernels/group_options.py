@@ -7,7 +7,7 @@ import math
 import numbers
 import operator
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,12 +18,15 @@ CHOICES = {
     "convention": ("torch", "original"),
     "child_state": ("auto", "compact", "dense"),
     "master_weight": ("auto", "split", "fp32", "stochastic", "none"),
+    "clip": ("before_mask", "after_mask"),
 }
-FLAGS = ("freeze_non_child", "correct_bias", "maximize", "capturable")
+FLAGS = ("freeze_non_child", "correct_bias", "maximize", "capturable", "skip_nonfinite")
+#: What is of all groups together: the same value stands in each of them.
+SHARED = ("max_grad_norm", "clip", "skip_nonfinite")
 NUMBERS = ("lr", "betas", "eps", "weight_decay", "reserve_p")
 # Accepted so that FusedChildAdamW drops into scripts written for torch.optim.AdamW.
 DROP_IN = ("amsgrad", "fused", "foreach")
-OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, "state_dtype", *DROP_IN)
+OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, "state_dtype", "max_grad_norm", *DROP_IN)
 #: What ``state_dtype`` may be; None: the type that computes.
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 # What a group notes of its run: whether weights outside its present child have been written.
@@ -31,7 +34,9 @@ WROTE_OUTSIDE = "wrote_outside_child"
 GROUP_KEYS = (*OPTIONS, WROTE_OUTSIDE, "seed", "params", "param_names")
 
 #: All that a step depends on, looked at anew at every step.
-watched_options = operator.itemgetter(*NUMBERS, *FLAGS, *CHOICES, "state_dtype", "amsgrad", "seed")
+watched_options = operator.itemgetter(
+    *NUMBERS, *FLAGS, *CHOICES, "state_dtype", "max_grad_norm", "amsgrad", "seed"
+)
 
 
 def _number(name: str, value: Any, where: str) -> float:
@@ -63,6 +68,32 @@ def _threshold(reserve_p: Any, where: str) -> tuple[float, int]:
     if threshold == 0:
         raise ValueError(f"reserve_p={reserve_p!r} ({where}) keeps no gradient element; {remedy}")
     return p, threshold
+
+
+def _max_grad_norm(value: Any, where: str) -> float:
+    """The norm to which gradients are clipped; 0 where they are not."""
+    norm = 0.0 if value is None else _number("max_grad_norm", value, where)
+    if norm == 0.0 and value is not None:
+        raise ValueError(
+            f"max_grad_norm={value!r} ({where}) must be above 0; use None to leave gradients as they are"
+        )
+    return norm
+
+
+def check_shared(groups: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse groups that differ in what is of all of them together.
+
+    Raises:
+        ValueError: names the option and two values.
+    """
+    for name in SHARED:
+        for number, group in enumerate(groups):
+            if group[name] != groups[0][name]:
+                raise ValueError(
+                    f"{name}={group[name]!r} (group {number}) cannot differ from that of group 0, "
+                    f"{groups[0][name]!r}: one norm is taken of all gradients; give it to the constructor, "
+                    "or set it in every group"
+                )
 
 
 def _rounds_to_zero(eps: float) -> bool:
@@ -190,6 +221,8 @@ def group_numbers(
         original_convention=group["convention"] == "original",
         correct_bias=group["correct_bias"],
         maximize=group["maximize"],
+        max_grad_norm=_max_grad_norm(group["max_grad_norm"], where),
+        skip_nonfinite=group["skip_nonfinite"],
         stochastic_rounding=group["master_weight"] == "stochastic",
         lr_address=lr_address,
         lr_is_double=lr_is_double,

@@ -12,7 +12,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import adamw_export, graph_capture, parameters, registry, state_dicts, state_tensors
 from .child_mask import ChildMask
-from .group_options import WROTE_OUTSIDE, check_spelling, group_numbers
+from .group_options import WROTE_OUTSIDE, check_shared, check_spelling, group_numbers
 from .step_planner import StepPlanner, state_of
 from .summary import summary_table
 
@@ -52,6 +52,12 @@ class FusedChildAdamW(Optimizer):
             ``"none"``: no master, weights are rounded to nearest, and small updates are lost.
         state_dtype: of both moments. ``torch.bfloat16`` halves them, rounded at random, without bias; None is
             the type that computes, fp32 (fp64 for fp64 parameters).
+        max_grad_norm: every step first scales all gradients by ``max_grad_norm / (norm + 1e-6)`` where their
+            global 2-norm is greater; nothing is written to the gradients. The same for all groups.
+        clip: whose norm: of the gradients as they are (``"before_mask"``), or of what the masks leave, with
+            1/p (``"after_mask"``).
+        skip_nonfinite: a step with a NaN or infinite gradient, also where it would be dropped, changes
+            nothing.
         capturable: on GPUs, lets ``step()`` be captured into a CUDA graph. An ``lr`` or ``weight_decay`` that
             is a tensor there is then read by every step and replay, unchecked; other options are those of
             the capture.
@@ -64,8 +70,11 @@ class FusedChildAdamW(Optimizer):
         ValueError: an option out of range, a parameter or mask that does not fit (SPEC.md, "Errors").
         RuntimeError: the requested backend cannot serve.
 
-    Source: Xu et al., EMNLP 2021; SPEC.md, eq. 1 to 12, 17 and 18.
+    Source: Xu et al., EMNLP 2021; SPEC.md, eq. 1 to 12 and 17 to 20.
     """
+
+    # torch.amp.GradScaler then hands over grad_scale and found_inf instead of waiting for them.
+    _step_supports_amp_scaling = True
 
     def __init__(
         self,
@@ -86,6 +95,9 @@ class FusedChildAdamW(Optimizer):
         child_state: str = "auto",
         master_weight: str = "auto",
         state_dtype: torch.dtype | None = None,
+        max_grad_norm: float | None = None,
+        clip: str = "before_mask",
+        skip_nonfinite: bool = False,
         capturable: bool = False,
         amsgrad: bool = False,
         fused: bool | None = None,
@@ -109,6 +121,9 @@ class FusedChildAdamW(Optimizer):
             "child_state": child_state,
             "master_weight": master_weight,
             "state_dtype": state_dtype,
+            "max_grad_norm": max_grad_norm,
+            "clip": clip,
+            "skip_nonfinite": skip_nonfinite,
             "capturable": capturable,
             "amsgrad": amsgrad,
             "fused": fused,
@@ -153,6 +168,7 @@ class FusedChildAdamW(Optimizer):
         words = parameters.mask_words(mask, labels, tensors)
         for device in {tensor.device for tensor in tensors}:
             graph_capture.check_backend(device, self._backend, bool(group["capturable"]), where)
+        check_shared([*self.param_groups, group])
         group["params"], group["param_names"] = tensors, labels
         states = [
             state_tensors.initial_state(label, tensor, words.get(label), group)
@@ -200,7 +216,27 @@ class FusedChildAdamW(Optimizer):
     # A compiled training step breaks its graph here: a plan reads addresses, which a trace has not.
     @torch._disable_dynamo
     def _update(self) -> None:
-        self._planner.step(self.param_groups, self.state)
+        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        self._planner.step(self.param_groups, self.state, *scaling)
+
+    @property
+    def last_grad_norm(self) -> Tensor | None:
+        """The global norm of the last step's gradients, without a scaler's factor, before clipping.
+
+        A tensor of no dimension (float64) on their device, which nothing has waited for; None where no norm
+        was taken (no ``max_grad_norm``, no ``skip_nonfinite``). Source: SPEC.md, eq. 19 and 20.
+        """
+        outcome = self._planner.outcome
+        return outcome[0] if outcome is not None and self._planner.took_norm else None
+
+    @property
+    def step_was_skipped(self) -> Tensor:
+        """Whether the last step changed nothing, for ``found_inf`` of a GradScaler or ``skip_nonfinite``.
+
+        A bool tensor of no dimension on the gradients' device, which nothing has waited for.
+        """
+        outcome = self._planner.outcome
+        return torch.tensor(False) if outcome is None else outcome[1] != 0
 
     def load_state_dict(self, state_dict: dict[str, Any], *, relabel: bool = False) -> None:
         """Continue from a saved state, of FusedChildAdamW or of ``torch.optim.AdamW``.

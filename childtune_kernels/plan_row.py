@@ -18,8 +18,8 @@ ROW_FIELDS = (
 )
 GROUP_FIELDS = (
     "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
-    "correct_bias,maximize,stochastic_rounding,lr_address,lr_is_double,weight_decay_address,"
-    "weight_decay_is_double"
+    "correct_bias,maximize,stochastic_rounding,max_grad_norm,skip_nonfinite,lr_address,"
+    "lr_is_double,weight_decay_address,weight_decay_is_double"
 )
 
 # How the child of a row with compact state is written down (SPEC.md, "Child layouts").
@@ -64,6 +64,8 @@ class GroupNumbers(NamedTuple):
     correct_bias: bool
     maximize: bool
     stochastic_rounding: bool = False
+    max_grad_norm: float = 0.0  # 0: no clipping
+    skip_nonfinite: bool = False
     lr_address: int = 0
     lr_is_double: bool = False
     weight_decay_address: int = 0

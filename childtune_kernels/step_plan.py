@@ -271,10 +271,15 @@ class StepPlan:
         self._copies.append(copy)
         self._row_data[self._at(index, "grad")] = copy.data_ptr()
 
-    def run(self, capturing: bool = False) -> None:
-        """Step what ``refresh`` found (ops.child_adamw_), and tell autograd that weights have changed."""
+    def run(self, factor: Any = None, capturing: bool = False) -> None:
+        """Step what ``refresh`` found (ops.child_adamw_), and tell autograd that weights have changed.
+
+        Args:
+            factor: what the step is scaled, clipped and skipped by (step_factor.StepFactor), or None.
+            capturing: the step goes into a CUDA graph.
+        """
         tables = self.rows, self.row_table, self.group_table
-        ops.child_adamw_(*tables, self.choice, self.kept, capturing)
+        ops.child_adamw_(*tables, self.choice, self.kept, factor, capturing)
         self._copies.clear()
         torch.autograd.graph.increment_version(self._changing)
         for group in self._writes_outside:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from . import graph_capture, ops, registry
-from .group_options import check_seed
+from .group_options import check_seed, check_shared
 from .labels import philox_key
 from .plan_row import contiguous_map
+from .step_factor import step_factors
 from .step_plan import Row, StepPlan, check_row
 
 _NOTHING_SEEN = b"", b""
@@ -32,13 +33,26 @@ class StepPlanner:
         self.plans: list[StepPlan] | None = None
         self._planned: list[Any] = []
         self._seen: tuple[Any, Any] = _NOTHING_SEEN
+        self._shared: Any = None  # what was seen of options when groups were last found to agree
+        #: The norm of the last step's gradients, and 1 where it was skipped (float64 [2]); None: neither.
+        self.outcome: Tensor | None = None
+        self.took_norm = False
 
     def forget(self) -> None:
         """Plan anew at the next step: groups or state have been replaced."""
         self.plans = None
 
-    def step(self, groups: Groups, states: dict[Tensor, Any]) -> None:
+    def step(
+        self,
+        groups: Groups,
+        states: dict[Tensor, Any],
+        grad_scale: Any = None,
+        found_inf: Any = None,
+    ) -> None:
         """Update every parameter that has a gradient.
+
+        Args:
+            grad_scale, found_inf: what ``torch.amp.GradScaler`` has set, or None (SPEC.md, eq. 20).
 
         Raises:
             ValueError: an option, state or gradient that does not fit; nothing was written.
@@ -52,10 +66,17 @@ class StepPlanner:
             for plan in plans:
                 plan.refresh(self._seen[1])
             self.captures.check_unmoved(plans)
-            for plan in plans:
-                plan.run(capturing)
+            if self._seen[1] != self._shared:
+                check_shared(groups)
+                self._shared = self._seen[1]
+            factors = step_factors(plans, groups[0], grad_scale, found_inf, capturing)
+            for plan, factor in zip(plans, factors, strict=True):
+                plan.run(factor, capturing)
+            first = factors[0] if factors else None
+            self.outcome = None if first is None else first.outcome
+            self.took_norm = first is not None and first.sums is not None
             if capturing:
-                self.captures.add(plans)
+                self.captures.add(plans, factors)
 
     def _standing_plans(self, groups: Groups, states: dict[Tensor, Any]) -> list[StepPlan] | None:
         """The plans, unless groups, parameters or state were exchanged by hand since they were made."""

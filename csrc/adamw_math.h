@@ -25,9 +25,9 @@ struct AdamWScalars {
   bool decays() const { return decays_before || decays_after; }
 };
 
-// Eq. 7.
+// Eq. 7; `factor` is q * kappa of eq. 20.
 template <class Real>
-inline AdamWScalars<Real> adamw_scalars(const PlanGroup& group, uint64_t step) {
+inline AdamWScalars<Real> adamw_scalars(const PlanGroup& group, uint64_t step, double factor) {
   const bool correct = group.correct_bias != 0;
   const double correction1 = correct ? 1.0 - power(group.beta1, step) : 1.0;
   const double correction2 = correct ? 1.0 - power(group.beta2, step) : 1.0;
@@ -44,7 +44,7 @@ inline AdamWScalars<Real> adamw_scalars(const PlanGroup& group, uint64_t step) {
   scalars.c1 = Real(1.0 - group.beta1);
   scalars.beta2 = Real(group.beta2);
   scalars.c2 = Real(1.0 - group.beta2);
-  scalars.rescale = Real(1.0 / group.reserve_p);
+  scalars.rescale = Real(factor * (1.0 / group.reserve_p));
   if (group.maximize != 0) scalars.rescale = -scalars.rescale;
   scalars.decay = Real(group.lr * group.weight_decay);
   scalars.eps = Real(group.eps);

@@ -145,11 +145,11 @@ void run_compact_units(const PlanRow& row, const RowStep<typename T::Real>& step
 }
 
 template <class T>
-void run_row(const PlanRow& row, const PlanGroup& group, int64_t first_unit, int64_t last_unit) {
+void run_row(const PlanRow& row, const PlanGroup& group, double factor, int64_t first_unit, int64_t last_unit) {
   typedef typename T::Real Real;
   const uint64_t step_count = uint64_t(*reinterpret_cast<const int64_t*>(row.step));
   RowStep<Real> step;
-  step.scalars = adamw_scalars<Real>(group, step_count);
+  step.scalars = adamw_scalars<Real>(group, step_count, factor);
   step.bernoulli = group.threshold < double(kKeepAll);
   step.threshold = step.bernoulli ? uint32_t(group.threshold) : 0;
   step.freeze = group.freeze_non_child != 0;
@@ -164,30 +164,30 @@ void run_row(const PlanRow& row, const PlanGroup& group, int64_t first_unit, int
 
 // A row whose weights and gradients are of these types: how its moments are kept decides the rest.
 template <class Weight, class Grad>
-void run_row_of(const PlanRow& row, const PlanGroup& group, int64_t first_unit, int64_t last_unit) {
+void run_row_of(const PlanRow& row, const PlanGroup& group, double factor, int64_t first_unit, int64_t last_unit) {
   if (row.moment_dtype == kBFloat16) {
     if constexpr (sizeof(typename KeptAs<Weight>::Real) == sizeof(float))
-      return run_row<Types<Weight, Grad, BFloat16>>(row, group, first_unit, last_unit);
+      return run_row<Types<Weight, Grad, BFloat16>>(row, group, factor, first_unit, last_unit);
   }
-  run_row<Types<Weight, Grad, typename KeptAs<Weight>::Real>>(row, group, first_unit, last_unit);
+  run_row<Types<Weight, Grad, typename KeptAs<Weight>::Real>>(row, group, factor, first_unit, last_unit);
 }
 
 template <class Weight>
-void run_half_row(const PlanRow& row, const PlanGroup& group, int64_t first_unit, int64_t last_unit) {
-  if (row.grad_dtype == kFloat32) return run_row_of<Weight, float>(row, group, first_unit, last_unit);
-  if (row.weight_dtype == kFloat16) return run_row_of<Weight, Float16>(row, group, first_unit, last_unit);
-  run_row_of<Weight, BFloat16>(row, group, first_unit, last_unit);
+void run_half_row(const PlanRow& row, const PlanGroup& group, double factor, int64_t first_unit, int64_t last_unit) {
+  if (row.grad_dtype == kFloat32) return run_row_of<Weight, float>(row, group, factor, first_unit, last_unit);
+  if (row.weight_dtype == kFloat16) return run_row_of<Weight, Float16>(row, group, factor, first_unit, last_unit);
+  run_row_of<Weight, BFloat16>(row, group, factor, first_unit, last_unit);
 }
 
 // The entry of this capability: units first_unit .. last_unit-1 of one row (plan_row.h, units_of).
-void child_adamw_row(const PlanRow& row, const PlanGroup& group, int64_t first_unit, int64_t last_unit) {
+void child_adamw_row(const PlanRow& row, const PlanGroup& group, double factor, int64_t first_unit, int64_t last_unit) {
   switch (row.weight_dtype) {
-    case kFloat32: return run_row_of<float, float>(row, group, first_unit, last_unit);
-    case kFloat64: return run_row_of<double, double>(row, group, first_unit, last_unit);
-    case kFloat16: return run_half_row<Float16>(row, group, first_unit, last_unit);
+    case kFloat32: return run_row_of<float, float>(row, group, factor, first_unit, last_unit);
+    case kFloat64: return run_row_of<double, double>(row, group, factor, first_unit, last_unit);
+    case kFloat16: return run_half_row<Float16>(row, group, factor, first_unit, last_unit);
     case kBFloat16:
-      if (row.master_kind == kSplitMaster) return run_half_row<SplitBFloat16>(row, group, first_unit, last_unit);
-      if (group.stochastic_rounding != 0) return run_half_row<StochasticBFloat16>(row, group, first_unit, last_unit);
-      return run_half_row<BFloat16>(row, group, first_unit, last_unit);
+      if (row.master_kind == kSplitMaster) return run_half_row<SplitBFloat16>(row, group, factor, first_unit, last_unit);
+      if (group.stochastic_rounding != 0) return run_half_row<StochasticBFloat16>(row, group, factor, first_unit, last_unit);
+      return run_half_row<BFloat16>(row, group, factor, first_unit, last_unit);
   }
 }

@@ -25,7 +25,7 @@ inline int64_t histogram_stride(int bits) { return (int64_t(1) << bits) + 16; }
 // The kernels of one instruction set. `first`..`last` count units of one row (plan_row.h), or 64-bit
 // words of one mask, so that any split over threads leaves the same bits.
 struct Kernels {
-  void (*child_adamw_row)(const PlanRow& row, const PlanGroup& group, int64_t first, int64_t last);
+  void (*child_adamw_row)(const PlanRow& row, const PlanGroup& group, double factor, int64_t first, int64_t last);
   void (*keep_words)(uint64_t key, uint64_t step, uint32_t purpose, uint64_t threshold, const IndexMap& map,
                      bool contiguous, int64_t numel, uint32_t* words, int64_t first, int64_t last);
   void (*pack_mask)(const uint8_t* mask, int64_t numel, uint32_t* words, int64_t first, int64_t last);

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <optional>
 #include <vector>
 
 #include "kernels.h"
@@ -19,7 +20,8 @@ inline const Kernels& require_kernels(int64_t capability) {
   return *kernels;
 }
 
-void child_adamw_(Tensor rows, Tensor groups, int64_t capability);
+void child_adamw_(Tensor rows, Tensor groups, std::optional<Tensor> sums, std::optional<Tensor> grad_scale,
+                  std::optional<Tensor> found_inf, std::optional<Tensor> outcome, int64_t capability);
 void keep_words_(Tensor words, int64_t numel, Tensor element_map, bool contiguous, int64_t key, int64_t step,
                  int64_t purpose, int64_t threshold, int64_t capability);
 void pack_mask_(Tensor mask, Tensor words, int64_t capability);

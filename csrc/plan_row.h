@@ -59,6 +59,8 @@ struct PlanGroup {
   double correct_bias;
   double maximize;
   double stochastic_rounding;
+  double max_grad_norm;  // 0: no clipping
+  double skip_nonfinite;
   // Of tensors from which kernels on GPUs read the option; 0 here.
   double lr_address;
   double lr_is_double;
@@ -75,8 +77,8 @@ constexpr const char* kRowFields =
     "philox_key,element_contiguous,storage_contiguous,element_map:9,storage_map:9";
 constexpr const char* kGroupFields =
     "lr,beta1,beta2,eps,weight_decay,reserve_p,threshold,freeze_non_child,original_convention,"
-    "correct_bias,maximize,stochastic_rounding,lr_address,lr_is_double,weight_decay_address,"
-    "weight_decay_is_double";
+    "correct_bias,maximize,stochastic_rounding,max_grad_norm,skip_nonfinite,lr_address,"
+    "lr_is_double,weight_decay_address,weight_decay_is_double";
 
 enum DtypeCode : int64_t { kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
@@ -108,6 +110,6 @@ inline int64_t units_of(const PlanRow& row) {
 }
 
 static_assert(sizeof(IndexMap) == 9 * 8 && sizeof(PlanRow) == (22 + 18) * 8, "8-byte columns");
-static_assert(kGroupColumns == 16, "kGroupFields names every column");
+static_assert(kGroupColumns == 18, "kGroupFields names every column");
 
 }  // namespace childtune

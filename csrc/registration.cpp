@@ -14,7 +14,9 @@ std::string group_fields() { return kGroupFields; }
 }  // namespace childtune
 
 STABLE_TORCH_LIBRARY(childtune_kernels, m) {
-  m.def("child_adamw_(Tensor rows, Tensor groups, int capability) -> ()");
+  m.def(
+      "child_adamw_(Tensor rows, Tensor groups, Tensor? sums, Tensor? grad_scale, Tensor? found_inf, "
+      "Tensor(a!)? outcome, int capability) -> ()");
   m.def(
       "keep_words_(Tensor(a!) words, int numel, Tensor element_map, bool contiguous, int key, int step, int purpose, "
       "int threshold, int capability) -> ()");

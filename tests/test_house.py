@@ -45,7 +45,7 @@ FLOORS: list[set[str]] = [
         "weight_files",
     },
     {"adamw_export", "child_file", "fisher_sums", "state_dicts"},  # what is loaded and saved
-    {"graph_capture"},  # what stands when a step goes into a CUDA graph
+    {"graph_capture", "step_factor"},  # what stands when a step goes into a CUDA graph
     {"step_planner"},  # which plans a step takes
     {"child_checkpoint", "fisher", "optimizer"},
     {"self_check", "report"},  # for the command line only

@@ -97,11 +97,16 @@ def child_adamw_(
     row_table: Tensor,
     group_table: Tensor,
     kept: dict[str, Any],
+    factor: Any,
     capturing: bool,
 ) -> None:
     """Update every active row in place (contract: ops.child_adamw_)."""
     del rows, kept, capturing
-    torch.ops.childtune_kernels.child_adamw_(row_table, group_table, capability())
+    step = torch.ops.childtune_kernels.child_adamw_
+    if factor is None:
+        step(row_table, group_table, None, None, None, None, capability())
+    else:
+        step(row_table, group_table, *factor, capability())
 
 
 def gradient_norm(
@@ -117,7 +122,12 @@ def gradient_norm(
     sums = torch.empty(2, dtype=torch.float64, device="cpu")
     after_mask = words is not None
     torch.ops.childtune_kernels.gradient_norm_(
-        row_table, group_table, row_table if words is None else words, after_mask, sums, capability()
+        row_table,
+        group_table,
+        row_table if words is None else words,
+        after_mask,
+        sums,
+        capability(),
     )
     return sums
 

@@ -87,7 +87,7 @@ void step(const Kernels& kernels, int64_t layout, int64_t dtype, int64_t grad_dt
   row.child_layout = layout, row.child_count = int64_t(child.places.size());
   row.run_count = int64_t(child.runs.size()) - 1, row.child_ranks = int64_t(child.ranks.data());
   row.child_places = layout == kRuns ? int64_t(child.runs.data()) : int64_t(child.places.data());
-  for (steps = 1; steps <= 4; ++steps) kernels.child_adamw_row(row, group, 0, units_of(row));
+  for (steps = 1; steps <= 4; ++steps) kernels.child_adamw_row(row, group, 1.0, 0, units_of(row));
   add(weight.data(), weight.size());
   add(exp_avg.data(), exp_avg.size() * sizeof(Real));
   add(exp_avg_sq.data(), exp_avg_sq.size() * sizeof(Real));

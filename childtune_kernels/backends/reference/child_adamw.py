@@ -1,10 +1,10 @@
-"""Op child_adamw: one AdamW step of a child network (SPEC.md, eq. 6 to 12, 17 and 18)."""
+"""Op child_adamw: one AdamW step of a child network (SPEC.md, eq. 6 to 12, 17, 18 and 20)."""
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -50,8 +50,8 @@ class Scalars(NamedTuple):
     eps: float
 
 
-def adamw_scalars(numbers: Any, step: int) -> Scalars:
-    """Eq. 7 for a group's numbers (``GroupNumbers``) at a parameter's ``step``."""
+def adamw_scalars(numbers: Any, step: int, factor: float = 1.0) -> Scalars:
+    """Eq. 7 for a group's numbers (``GroupNumbers``) at a parameter's ``step``; ``factor``: q·κ of eq. 20."""
     correction1 = 1.0 - power(numbers.beta1, step) if numbers.correct_bias else 1.0
     correction2 = 1.0 - power(numbers.beta2, step) if numbers.correct_bias else 1.0
     if numbers.original_convention:
@@ -63,12 +63,41 @@ def adamw_scalars(numbers: Any, step: int) -> Scalars:
         c1=1.0 - numbers.beta1,
         beta2=numbers.beta2,
         c2=1.0 - numbers.beta2,
-        r=1.0 / numbers.reserve_p,
+        r=factor * (1.0 / numbers.reserve_p),
         a=numbers.lr * numbers.weight_decay,
         s=s,
         b=b,
         eps=numbers.eps,
     )
+
+
+class Verdict(NamedTuple):
+    """Eq. 20: q·κ, the norm, and whether the step is skipped."""
+
+    factor: float
+    norm: float
+    skipped: bool
+
+
+def step_verdict(factor: Any, numbers: Any) -> Verdict:
+    """Eq. 20.
+
+    Args:
+        factor: tensors ``sums``, ``grad_scale`` and ``found_inf``, each of them or None.
+        numbers: of any group (``GroupNumbers``): ``max_grad_norm`` and ``skip_nonfinite``.
+    """
+    scale = 1.0 if factor.grad_scale is None else float(factor.grad_scale)
+    total, total_of_all = (0.0, 0.0) if factor.sums is None else factor.sums.tolist()
+    # As a tensor: Python's own division refuses a scale of 0.
+    inverse = float(torch.tensor(1.0, dtype=torch.float64, device="cpu") / scale)
+    norm = math.sqrt(total) * inverse
+    clipped = 1.0
+    if numbers.max_grad_norm:
+        share = numbers.max_grad_norm / (norm + 1e-6)
+        clipped = 1.0 if share >= 1.0 else share  # a NaN stays one
+    found = factor.found_inf is not None and float(factor.found_inf) != 0.0
+    nonfinite = numbers.skip_nonfinite and not math.isfinite(total_of_all)
+    return Verdict(inverse * clipped, norm, found or nonfinite)
 
 
 def _decayed(weight: Tensor, scalars: Scalars) -> Tensor:
@@ -172,10 +201,10 @@ def _stored_moments(
     return elements.rounded(exp_avg, OF_EXP_AVG), elements.rounded(exp_avg_sq, OF_EXP_AVG_SQ)
 
 
-def _step_row(row: Any) -> None:
+def _step_row(row: Any, factor: float) -> None:
     row.step.add_(1)
     step, numbers = int(row.step), row.numbers
-    scalars = adamw_scalars(numbers, step)
+    scalars = adamw_scalars(numbers, step, factor)
     if row.compact:
         _step_compact(row, step, scalars)
         return
@@ -233,7 +262,7 @@ def _step_compact(row: Any, step: int, scalars: Scalars) -> None:
     parameter.copy_(whole.view(parameter.shape))
 
 
-def child_adamw_(rows: Iterable[Any]) -> None:
+def child_adamw_(rows: Sequence[Any], factor: Any = None) -> None:
     """Update every active row of a plan in place: weight, moments, master weight and step.
 
     A row offers ``active``, ``parameter`` (with its ``grad``), ``compute_dtype``, ``exp_avg``,
@@ -241,6 +270,10 @@ def child_adamw_(rows: Iterable[Any]) -> None:
     ``step``, ``philox_key``, ``element_map`` and ``numbers`` (``GroupNumbers``); shapes and types are those
     of SPEC.md, section 5.
     """
+    verdict = Verdict(1.0, 0.0, False)
+    if factor is not None and rows:
+        verdict = step_verdict(factor, rows[0].numbers)
+        factor.outcome[0], factor.outcome[1] = verdict.norm, float(verdict.skipped)
     for row in rows:
-        if row.active:
-            _step_row(row)
+        if row.active and not verdict.skipped:
+            _step_row(row, verdict.factor)

@@ -1,6 +1,6 @@
 """Op child_adamw: one step of child networks, a prologue and a launch a combination of types and mask kind.
 
-Equations 6 to 12, 17 and 18 of SPEC.md for all rows of a plan. The prologue is in step_scalars.py, the
+Equations 6 to 12, 17, 18 and 20 of SPEC.md for all rows of a plan. The prologue is in step_scalars.py, the
 maths in adamw_math.py, the kernels in child_adamw_dense.py and child_adamw_compact.py; device_plan.py says
 who takes part in which launch.
 """
@@ -87,6 +87,7 @@ def child_adamw_(
     row_table: Tensor,
     group_table: Tensor,
     kept: dict[str, Any],
+    factor: Any,
     capturing: bool,
 ) -> None:
     """Update every active row in place (contract: ops.child_adamw_)."""
@@ -97,16 +98,29 @@ def child_adamw_(
         device_rows, device_groups = plan.captured(row_table, group_table)
     else:
         device_rows, device_groups = plan.refresh(rows, row_table, group_table)
+    sums, grad_scale, found_inf, outcome = _tensors_of(factor, plan)
     step_scalars_(
         device_rows,
         device_groups,
+        sums,
+        grad_scale,
+        found_inf,
         plan.draws,
         plan.scalars[torch.float32],
         plan.scalars[torch.float64],
+        outcome,
         plan.count,
     )
     for each in plan.launches:
         _step_launch(plan, device_rows, each)
+
+
+def _tensors_of(factor: Any, plan: DevicePlan) -> list[Tensor]:
+    """What the prologue reads and writes of a step's factor; what is not there is idle."""
+    return [
+        idle if factor is None or given is None else given
+        for given, idle in zip(factor or [None] * 4, plan.idle_factor, strict=True)
+    ]
 
 
 def combinations() -> Iterator[Combination]:

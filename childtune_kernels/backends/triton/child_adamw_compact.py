@@ -84,14 +84,14 @@ def _child_adamw_segments_kernel(
     draws = all_draws + 2 * index
     TYPE: tl.constexpr = all_scalars.dtype.element_ty
     # All loads of the row go out at once: those behind a branch would wait for it.
-    active = tl.load(row + plan.ACTIVE)
+    updates = tl.load(scalars + step_scalars.UPDATES)
     weight = plan.address(row, plan.WEIGHT, WEIGHT)
     grad = plan.address(row, plan.GRAD, GRAD)
     exp_avg = plan.address(row, plan.EXP_AVG, MOMENT)
     exp_avg_sq = plan.address(row, plan.EXP_AVG_SQ, MOMENT)
     master = master_address(row, MASTER, TYPE)
     left = tl.load(row + plan.CHILD_COUNT) - start
-    if active != 0:
+    if updates != 0:
         in_one_run = False
         if RUNS:
             run = plan.address(row, plan.CHILD_PLACES, tl.int64) + 2 * first
@@ -140,7 +140,7 @@ def _child_adamw_words_kernel(
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
     TYPE: tl.constexpr = all_scalars.dtype.element_ty
-    if tl.load(row + plan.ACTIVE) != 0:
+    if tl.load(scalars + step_scalars.UPDATES) != 0:
         start = unit * TILE
         left = tl.minimum(tl.load(row + plan.NUMEL) - start, TILE).to(tl.int32)
         weight = plan.address(row, plan.WEIGHT, WEIGHT)
@@ -192,8 +192,9 @@ def _decay_outside_kernel(
     index = tl.load(chunk).to(tl.int64)
     start = tl.load(chunk + 1).to(tl.int64) * TILE
     row = rows + index * plan.ROW
-    decay = tl.load(all_scalars + index * step_scalars.WIDTH + step_scalars.OUTSIDE_DECAY)
-    if (tl.load(row + plan.ACTIVE) != 0) & (decay != 0):
+    scalars = all_scalars + index * step_scalars.WIDTH
+    decay = tl.load(scalars + step_scalars.OUTSIDE_DECAY)
+    if (tl.load(scalars + step_scalars.UPDATES) != 0) & (decay != 0):
         words = tl.load(all_words + index).to(tl.pointer_type(tl.int32))
         weight = plan.address(row, plan.WEIGHT, WEIGHT)
         left = tl.minimum(tl.load(row + plan.NUMEL) - start, TILE).to(tl.int32)

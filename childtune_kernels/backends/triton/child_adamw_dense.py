@@ -210,7 +210,7 @@ def _child_adamw_dense_kernel(
     scalars = all_scalars + index * step_scalars.WIDTH
     draws = all_draws + 2 * index
     # All loads of the row go out at once: those behind a branch would wait for it.
-    active = tl.load(row + plan.ACTIVE)
+    updates = tl.load(scalars + step_scalars.UPDATES)
     numel = tl.load(row + plan.NUMEL)
     weight = plan.address(row, plan.WEIGHT, WEIGHT)
     grad = plan.address(row, plan.GRAD, GRAD)
@@ -220,7 +220,7 @@ def _child_adamw_dense_kernel(
     words = plan.address(row, plan.MASK_WORDS, tl.int32)
     first = tl.load(row + plan.ELEMENT_MAP)
     neighbours = tl.load(row + plan.STORAGE_CONTIGUOUS) & tl.load(row + plan.ELEMENT_CONTIGUOUS)
-    if active != 0:
+    if updates != 0:
         odd = misaligned(weight) | misaligned(grad) | misaligned(exp_avg)
         odd |= misaligned(exp_avg_sq) | (first & 3)
         if MASTER == FP32 or MASTER == SPLIT:

@@ -111,6 +111,13 @@ class DevicePlan:
         self.device = device
         self.generation = launch.generation(device)
         self.launches: list[Launch] = []
+        # Of a step that nothing scales, clips or skips: sums, scale, found_inf, and where its outcome goes.
+        self.idle_factor = (
+            torch.zeros(2, dtype=torch.float64, device=device),
+            torch.ones(1, dtype=torch.float32, device=device),
+            torch.zeros(1, dtype=torch.float32, device=device),
+            torch.zeros(2, dtype=torch.float64, device=device),
+        )
         self._host: dict[str, Tensor] = {}
         self._on_device: dict[str, Tensor] = {}
         self._structure = torch.empty(0, dtype=torch.int64, device="cpu")

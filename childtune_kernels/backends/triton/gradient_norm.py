@@ -197,9 +197,7 @@ def _gradient_norm_kernel(
         if whole:
             counting, every = _whole_masked_sums(grad, start, row, words, threshold, step, UNITS)
         else:
-            counting, every = _any_sums(
-                grad, start, left, row, words, threshold, step, True, UNITS
-            )
+            counting, every = _any_sums(grad, start, left, row, words, threshold, step, True, UNITS)
         tl.store(sums + place + unit, counting * (r * r), exists)
         tl.store(sums + tl.load(numbers) + place + unit, every, exists)
     else:

@@ -1,7 +1,8 @@
-"""The prologue of a step: every active row's step advances, and its scalars are made (SPEC.md, eq. 6 and 7).
+"""The prologue of a step: every active row's step advances, and its scalars are made (SPEC.md, eq. 6, 7, 20).
 
 Rows ``[n]`` and groups in; per row out: ``step`` (int64, += 1), ``draws`` (int64 ``[n, 2]``: t mod 2**32, T)
-and the numbers below in both computing types (``[n, 16]``). The host never needs to know t.
+and the numbers below in both computing types (``[n, 16]``). The host never needs to know t, nor the norm, nor
+whether the step is skipped.
 """
 
 from __future__ import annotations
@@ -27,6 +28,8 @@ S = tl.constexpr(7)
 B = tl.constexpr(8)
 EPS = tl.constexpr(9)
 OUTSIDE_DECAY = tl.constexpr(10)  # a where decay reaches weights outside a fixed mask, else 0
+
+UPDATES = tl.constexpr(11)  # 1 where the row takes part in this step, else 0
 
 _BLOCK = 128
 
@@ -61,11 +64,33 @@ def _put(scalars32, scalars64, at, value, active):
 
 
 @triton.jit
-def _step_scalars_kernel(rows, groups, draws, scalars32, scalars64, count, BLOCK: tl.constexpr):
+def _factor(groups, sums, grad_scale, found_inf, outcome):
+    """Eq. 20: q·κ and whether the step goes on; the first program writes the norm and the verdict."""
+    inverse = 1.0 / tl.load(grad_scale).to(tl.float64)
+    norm = tl.sqrt(tl.load(sums)) * inverse
+    most = tl.load(groups + plan.MAX_GRAD_NORM)
+    share = most / (norm + 1e-6)
+    # A NaN stays one.
+    clipped = tl.where((most == 0.0) | (share >= 1.0), 1.0, share)
+    of_all = tl.load(sums + 1)
+    nonfinite = (tl.load(groups + plan.SKIP_NONFINITE) != 0.0) & (of_all - of_all != 0.0)
+    skipped = nonfinite | (tl.load(found_inf) != 0.0)
+    if tl.program_id(0) == 0:
+        tl.store(outcome, norm)
+        tl.store(outcome + 1, skipped.to(tl.float64))
+    return inverse * clipped, skipped
+
+
+@triton.jit
+def _step_scalars_kernel(
+    rows, groups, sums, grad_scale, found_inf, draws, scalars32, scalars64, outcome, count,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    factor, skipped = _factor(groups, sums, grad_scale, found_inf, outcome)
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < tl.load(count)
     row = rows + index.to(tl.int64) * plan.ROW
-    active = exists & (tl.load(row + plan.ACTIVE, exists, 0) != 0)
+    active = exists & (tl.load(row + plan.ACTIVE, exists, 0) != 0) & (skipped == 0)
     group = groups + tl.load(row + plan.GROUP_INDEX, active, 0) * plan.GROUP
     step = tl.load(row + plan.STEP, active, 0).to(tl.pointer_type(tl.int64))
     t = tl.load(step, active, 0) + 1
@@ -84,10 +109,11 @@ def _step_scalars_kernel(rows, groups, draws, scalars32, scalars64, count, BLOCK
     root = tl.sqrt(correction2)
     original = tl.load(group + plan.ORIGINAL_CONVENTION, active, 0.0) != 0.0
     decay = lr * weight_decay
-    r = 1.0 / tl.load(group + plan.RESERVE_P, active, 1.0)
+    r = factor * (1.0 / tl.load(group + plan.RESERVE_P, active, 1.0))
     maximizes = tl.load(group + plan.MAXIMIZE, active, 0.0) != 0.0
 
     at = index * WIDTH
+    _put(scalars32, scalars64, at + UPDATES, active.to(tl.float64), exists)
     _put(scalars32, scalars64, at + BETA1, beta1, active)
     _put(scalars32, scalars64, at + C1, 1.0 - beta1, active)
     _put(scalars32, scalars64, at + BETA2, beta2, active)
@@ -107,21 +133,33 @@ def _step_scalars_kernel(rows, groups, draws, scalars32, scalars64, count, BLOCK
 
 
 def step_scalars_(
-    rows: Tensor, groups: Tensor, draws: Tensor, scalars32: Tensor, scalars64: Tensor, count: Tensor
+    rows: Tensor,
+    groups: Tensor,
+    sums: Tensor,
+    grad_scale: Tensor,
+    found_inf: Tensor,
+    draws: Tensor,
+    scalars32: Tensor,
+    scalars64: Tensor,
+    outcome: Tensor,
+    count: Tensor,
 ) -> None:
     """Advance the steps of all active rows and write their scalars; all tensors lie on the device.
 
     Args:
         rows, groups: the plan's tables.
+        sums: float64 ``[2]``, Σ and Σ' of eq. 19.
+        grad_scale, found_inf: float32 ``[1]``, of a GradScaler; 1 and 0 without one.
         count: int64 ``[1]``, the number of rows.
 
-    Changes in place: the steps that rows point at, ``draws`` and both tables of scalars.
+    Changes in place: the steps that rows point at, ``draws``, both tables of scalars, and ``outcome``
+    (float64 ``[2]``: the norm, and 1 where the step is skipped: then no step advances).
     """
     launch.launch(
         _step_scalars_kernel,
         -(-rows.shape[0] // _BLOCK),
         rows.device,
-        (rows, groups, draws, scalars32, scalars64, count),
+        (rows, groups, sums, grad_scale, found_inf, draws, scalars32, scalars64, outcome, count),
         {"BLOCK": _BLOCK},
         num_warps=_BLOCK // 32,
     )
@@ -132,9 +170,13 @@ def variants(generation: str) -> Iterator[launch.Variant]:
     signature = {
         "rows": "*i64",
         "groups": "*fp64",
+        "sums": "*fp64",
+        "grad_scale": "*fp32",
+        "found_inf": "*fp32",
         "draws": "*i64",
         "scalars32": "*fp32",
         "scalars64": "*fp64",
+        "outcome": "*fp64",
         "count": "*i64",
         "BLOCK": "constexpr",
     }

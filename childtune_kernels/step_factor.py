@@ -1,0 +1,88 @@
+"""What one step is scaled, clipped and skipped by (SPEC.md, eq. 20): the tensors that its kernels read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from . import ops, registry
+from .step_plan import StepPlan
+
+
+class StepFactor(NamedTuple):
+    """The tensors on one plan's device, float64 but for the scaler's own.
+
+    ``sums``: ``[2]``, Σ and Σ' of eq. 19; ``grad_scale``, ``found_inf``: one element each; ``outcome``:
+    ``[2]``, to which the step writes the norm, and 1 where it was skipped. None: no such thing in this step.
+    """
+
+    sums: Tensor | None
+    grad_scale: Tensor | None
+    found_inf: Tensor | None
+    outcome: Tensor
+
+
+def step_factors(
+    plans: Sequence[StepPlan],
+    group: Mapping[str, Any],
+    grad_scale: Any,
+    found_inf: Any,
+    capturing: bool,
+) -> list[StepFactor | None]:
+    """For every plan, refreshed for this step, what its step is scaled, clipped and skipped by.
+
+    Args:
+        group: a parameter group: ``max_grad_norm``, ``clip`` and ``skip_nonfinite`` are those of all.
+        grad_scale, found_inf: what ``torch.amp.GradScaler`` has set, or None.
+
+    Nothing waits for a device. Raises: RuntimeError, see ``ops.gradient_norm``.
+    """
+    takes_norm = group["max_grad_norm"] is not None or group["skip_nonfinite"]
+    if not takes_norm and grad_scale is None and found_inf is None:
+        return [None] * len(plans)
+    sums: list[Tensor | None] = [None] * len(plans)
+    if takes_norm:
+        sums = [*_sums(plans, group["clip"] == "after_mask", capturing)]
+    return [
+        StepFactor(
+            sums=of_plan,
+            grad_scale=_scalar(grad_scale, plan.device),
+            found_inf=_scalar(found_inf, plan.device),
+            outcome=torch.zeros(2, dtype=torch.float64, device=plan.device),
+        )
+        for plan, of_plan in zip(plans, sums, strict=True)
+    ]
+
+
+def _sums(plans: Sequence[StepPlan], after_mask: bool, capturing: bool) -> list[Tensor]:
+    """Σ and Σ' over all plans, on the device of each."""
+    found = []
+    for plan in plans:
+        choice = registry.choose("gradient_norm", plan.device, plan.choice.backend)
+        tables = plan.rows, plan.row_table, plan.group_table
+        found.append(ops.gradient_norm(*tables, choice, plan.kept, after_mask, capturing))
+    if len(plans) == 1:
+        return found
+    totals = []
+    for plan in plans:
+        total = found[0].to(plan.device, non_blocking=True)
+        for other in found[1:]:
+            total = total + other.to(plan.device, non_blocking=True)
+        totals.append(total)
+    return totals
+
+
+def _scalar(value: Any, device: torch.device) -> Tensor | None:
+    """What a GradScaler has set, as one fp32 element on a device."""
+    if value is None:
+        return None
+    tensor = torch.as_tensor(value)
+    if tensor.numel() != 1:
+        raise ValueError(
+            f"grad_scale and found_inf must have one element, not {tuple(tensor.shape)}; leave them to "
+            "torch.amp.GradScaler"
+        )
+    return tensor.detach().to(device, torch.float32, non_blocking=True)
