@@ -56,6 +56,7 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("master_weight", "split", "one of .*'auto', 'fp32', 'none'"),
     ("master_weight", None, "one of .*'auto', 'fp32', 'none'"),
     ("amsgrad", True, "use amsgrad=False"),
+    ("differentiable", True, "use differentiable=False"),
 ]
 IDENTITIES = [f"{option}={value}" for option, value, _ in BAD_OPTIONS]
 bad_options = pytest.mark.parametrize(("option", "value", "message"), BAD_OPTIONS, ids=IDENTITIES)

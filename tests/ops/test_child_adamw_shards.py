@@ -36,6 +36,7 @@ GROUP: dict[str, Any] = {
     "child_state": "dense",
     "master_weight": "auto",
     "amsgrad": False,
+    "differentiable": False,
     "capturable": False,
     "seed": SEED,
 }
