@@ -9,6 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from childtune_kernels import FusedChildAdamW
 from tests.snapshots import assert_identical, identical, untouched, weights_and_state
@@ -69,6 +73,65 @@ def test_step_hooks_run_before_and_after() -> None:
         handle.remove()
     train(optimizer, parameters, range(1))
     assert len(seen) == 2
+
+
+def test_hooks_of_all_optimizers_run_around_those_of_one() -> None:
+    parameters = toy_parameters()
+    optimizer = FusedChildAdamW(parameters.items(), lr=0.1)
+    other = FusedChildAdamW([nn.Parameter(torch.ones(2))])
+    seen: list[str] = []
+
+    def hook(name: str) -> Any:
+        return lambda each, *_: seen.append(name if each is optimizer else "other")
+
+    handles = [
+        register_optimizer_step_pre_hook(hook("every pre")),
+        register_optimizer_step_post_hook(hook("every post")),
+        optimizer.register_step_pre_hook(hook("own pre")),
+        optimizer.register_step_post_hook(hook("own post")),
+    ]
+    try:
+        train(optimizer, parameters, range(1))
+        other.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    train(optimizer, parameters, range(1))
+    assert seen == ["every pre", "own pre", "own post", "every post", "other", "other"]
+
+
+def test_a_hook_may_change_gradients_and_the_closure() -> None:
+    hooked, plain = toy_parameters(), toy_parameters()
+    optimizer, other = (FusedChildAdamW(p.items(), lr=0.1, seed=1) for p in (hooked, plain))
+    asked: list[str] = []
+
+    def closure_of(name: str, loss: float) -> Any:
+        def closure() -> float:
+            asked.append(name)
+            return loss
+
+        return closure
+
+    def halve_gradients(*_: Any) -> None:
+        for parameter in hooked.values():
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad / 2
+
+    def other_closure(_: Optimizer, arguments: Any, named: Any) -> Any:
+        assert (len(arguments), named) == (2, {})
+        return (arguments[0], closure_of("hook's", 7.0)), named
+
+    optimizer.register_step_pre_hook(halve_gradients)
+    optimizer.register_step_pre_hook(other_closure)
+    give_gradients(hooked, 1)
+    give_gradients(plain, 1)
+    for parameter in plain.values():
+        assert parameter.grad is not None
+        parameter.grad.div_(2)
+    assert optimizer.step(closure_of("own", 1.0)) == 7.0
+    other.step()
+    assert asked == ["hook's"]
+    assert_identical(weights_and_state(optimizer), weights_and_state(other))
 
 
 def small_model() -> nn.Module:
