@@ -6,6 +6,7 @@ from .child_mask import ChildMask
 from .fisher import FisherAccumulator
 from .group_options import lr_for
 from .optimizer import FusedChildAdamW
+from .option_scheduler import OptionScheduler
 from .registry import explain
 from .selection import random_child, select_child
 
@@ -13,6 +14,7 @@ __all__ = [
     "ChildMask",
     "FisherAccumulator",
     "FusedChildAdamW",
+    "OptionScheduler",
     "__version__",
     "apply_child",
     "child_diff",

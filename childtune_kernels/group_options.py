@@ -25,7 +25,8 @@ FLAGS = ("freeze_non_child", "correct_bias", "maximize", "capturable", "skip_non
 SHARED = ("max_grad_norm", "clip", "skip_nonfinite")
 NUMBERS = ("lr", "betas", "eps", "weight_decay", "reserve_p")
 # Accepted so that FusedChildAdamW drops into scripts written for torch.optim.AdamW.
-DROP_IN = ("amsgrad", "fused", "foreach")
+DROP_IN = ("amsgrad", "differentiable", "fused", "foreach")
+REFUSED = ("amsgrad", "differentiable")  # of these, what must stay False
 OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, "state_dtype", "max_grad_norm", *DROP_IN)
 #: What ``state_dtype`` may be; None: the type that computes.
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
@@ -35,7 +36,7 @@ GROUP_KEYS = (*OPTIONS, WROTE_OUTSIDE, "seed", "params", "param_names")
 
 #: All that a step depends on, looked at anew at every step.
 watched_options = operator.itemgetter(
-    *NUMBERS, *FLAGS, *CHOICES, "state_dtype", "max_grad_norm", "amsgrad", "seed"
+    *NUMBERS, *FLAGS, *CHOICES, "state_dtype", "max_grad_norm", *REFUSED, "seed"
 )
 
 
@@ -133,6 +134,34 @@ def check_seed(seed: Any, where: str) -> None:
         raise ValueError(f"seed={seed!r} ({where}) must be an int or None")
 
 
+def check_drop_in(options: Mapping[str, Any], where: str) -> None:
+    """Refuse what ``torch.optim.AdamW``'s constructor refuses, so that a script runs with both.
+
+    These are limits of its implementations; nothing here would go wrong.
+
+    Raises:
+        ValueError: ``fused`` beside ``foreach``; ``foreach`` without ``capturable`` beside an ``lr`` or
+            ``betas`` that are tensors; betas of which one is a tensor.
+    """
+    if options["fused"] and options["foreach"]:
+        raise ValueError(f"fused=True and foreach=True ({where}) exclude each other; give one")
+    numbers = {"lr": [options["lr"]], "betas": [*options["betas"]]}
+    tensors = {
+        name: [isinstance(value, torch.Tensor) for value in values]
+        for name, values in numbers.items()
+    }
+    if len({*tensors["betas"]}) > 1:
+        raise ValueError(
+            f"betas={options['betas']!r} ({where}) must be both numbers or both tensors"
+        )
+    for name, are_tensors in tensors.items():
+        if any(are_tensors) and options["foreach"] and not options["capturable"]:
+            raise ValueError(
+                f"{name}={options[name]!r} ({where}) cannot be a tensor beside foreach=True without "
+                "capturable=True; use foreach=None"
+            )
+
+
 def _check_choices(group: Mapping[str, Any], where: str) -> None:
     for name, allowed in CHOICES.items():
         if group[name] not in allowed:
@@ -144,10 +173,9 @@ def _check_choices(group: Mapping[str, Any], where: str) -> None:
         raise ValueError(
             f"state_dtype={group['state_dtype']!r} ({where}) must be None, torch.float32 or torch.bfloat16"
         )
-    if group["amsgrad"]:
-        raise ValueError(
-            f"amsgrad={group['amsgrad']!r} ({where}) is not supported; use amsgrad=False"
-        )
+    for name in REFUSED:
+        if group[name]:
+            raise ValueError(f"{name}={group[name]!r} ({where}) is not supported; use {name}=False")
     check_seed(group["seed"], where)
 
 

@@ -12,7 +12,13 @@ from torch.optim.optimizer import ParamsT
 
 from . import adamw_export, graph_capture, parameters, registry, state_dicts, state_tensors
 from .child_mask import ChildMask
-from .group_options import WROTE_OUTSIDE, check_shared, check_spelling, group_numbers
+from .group_options import (
+    WROTE_OUTSIDE,
+    check_drop_in,
+    check_shared,
+    check_spelling,
+    group_numbers,
+)
 from .step_planner import StepPlanner, state_of
 from .summary import summary_table
 
@@ -61,8 +67,8 @@ class FusedChildAdamW(Optimizer):
         capturable: on GPUs, lets ``step()`` be captured into a CUDA graph. An ``lr`` or ``weight_decay`` that
             is a tensor there is then read by every step and replay, unchecked; other options are those of
             the capture.
-        amsgrad, fused, foreach: accepted for drop-in use; ``amsgrad=True`` is refused, the others have
-            no effect.
+        amsgrad, differentiable, fused, foreach: accepted for drop-in use; ``amsgrad=True`` and
+            ``differentiable=True`` are refused, the others have no effect.
 
     Changes in place: the parameters and its own state, never a gradient.
 
@@ -100,6 +106,7 @@ class FusedChildAdamW(Optimizer):
         skip_nonfinite: bool = False,
         capturable: bool = False,
         amsgrad: bool = False,
+        differentiable: bool = False,
         fused: bool | None = None,
         foreach: bool | None = None,
     ) -> None:
@@ -126,6 +133,7 @@ class FusedChildAdamW(Optimizer):
             "skip_nonfinite": skip_nonfinite,
             "capturable": capturable,
             "amsgrad": amsgrad,
+            "differentiable": differentiable,
             "fused": fused,
             "foreach": foreach,
             WROTE_OUTSIDE: False,
@@ -135,6 +143,7 @@ class FusedChildAdamW(Optimizer):
         self._planner = StepPlanner(backend)
         self._default_mask = child_mask
         group_numbers(defaults, child_mask is not None, "the constructor")
+        check_drop_in(defaults, "the constructor")
         super().__init__(params, defaults)
         self._default_mask = None
 

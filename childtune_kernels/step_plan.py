@@ -134,6 +134,13 @@ def check_row(row: Row) -> None:
             f"the mask in the state of {row.label} came or went after the optimizer was built; use "
             "set_child_mask or load a state dict"
         )
+    moment = row.state.get(state_tensors.key("exp_avg", row.compact))
+    if isinstance(moment, Tensor) and moment.device != row.parameter.device:
+        raise ValueError(
+            f"{row.label} lies on {row.parameter.device}, its state on {moment.device}; move the "
+            "model before the optimizer is built, or take its state along: "
+            "optimizer.load_state_dict(optimizer.state_dict())"
+        )
     layout = [row.state.get(name) for name in child_layout.LAYOUT_KEYS]
     new = any(tensor is not known for tensor, known in zip(layout, row.layout, strict=True))
     state_tensors.check_state(row.label, row.parameter, row.state, contents=new)

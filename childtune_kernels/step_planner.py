@@ -144,8 +144,9 @@ def row_of(
     """The checked row of a parameter in a plan whose group ``group_index`` is ``group``.
 
     Raises:
-        ValueError: its state is missing or does not fit.
+        ValueError: no kernel can update it, or its state is missing or does not fit.
     """
+    ops.check_parameter(label, parameter)
     row = Row(
         label=label,
         parameter=parameter,

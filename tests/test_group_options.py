@@ -58,6 +58,7 @@ BAD_OPTIONS: list[tuple[str, Any, str]] = [
     ("state_dtype", torch.float16, "must be None, torch.float32 or torch.bfloat16"),
     ("state_dtype", "bfloat16", "must be None, torch.float32 or torch.bfloat16"),
     ("amsgrad", True, "use amsgrad=False"),
+    ("differentiable", True, "use differentiable=False"),
 ]
 IDENTITIES = [f"{option}={value}" for option, value, _ in BAD_OPTIONS]
 bad_options = pytest.mark.parametrize(("option", "value", "message"), BAD_OPTIONS, ids=IDENTITIES)

@@ -1,15 +1,18 @@
-"""FusedChildAdamW among the other parts of a training loop: schedulers, scalers, clipping, hooks."""
+"""FusedChildAdamW among the other parts of a training loop: closures, scalers, clipping, hooks."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import Parameter
-from torch.optim import Optimizer, lr_scheduler
+from torch.optim import Optimizer
+from torch.optim.optimizer import (
+    register_optimizer_step_post_hook,
+    register_optimizer_step_pre_hook,
+)
 
 from childtune_kernels import FusedChildAdamW
 from tests.snapshots import assert_identical, identical, untouched, weights_and_state
@@ -72,74 +75,63 @@ def test_step_hooks_run_before_and_after() -> None:
     assert len(seen) == 2
 
 
-Scheduler = Callable[[Optimizer], Any]
-SCHEDULERS: dict[str, Scheduler] = {
-    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda epoch: 1 / (1 + epoch)),
-    "StepLR": lambda o: lr_scheduler.StepLR(o, step_size=2, gamma=0.1),
-    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=6),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o,
-        [lr_scheduler.LinearLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.5)],
-        milestones=[3],
-    ),
-}
-CHANGES_BETAS: dict[str, Scheduler] = {
-    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, max_lr=0.2, total_steps=8),
-    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, step_size_up=3),
-}
-
-
-def scheduled(
-    optimizer: Optimizer, parameters: dict[str, Parameter], scheduler: Scheduler
-) -> list[tuple[float, float]]:
-    """Eight steps under a scheduler; the learning rate and beta1 of each."""
-    schedule = scheduler(optimizer)
-    followed = []
-    for step in range(8):
-        group = optimizer.param_groups[0]
-        followed.append((float(group["lr"]), float(group["betas"][0])))
-        train(optimizer, parameters, [step])
-        if step < 7:
-            schedule.step()
-    return followed
-
-
-@pytest.mark.parametrize("name", [*SCHEDULERS, *CHANGES_BETAS])
-def test_schedulers_do_what_they_do_for_adamw(name: str) -> None:
-    ours, theirs = toy_parameters(), toy_parameters()
-    scheduler = (SCHEDULERS | CHANGES_BETAS)[name]
-    followed = scheduled(FusedChildAdamW(ours.values(), lr=0.1), ours, scheduler)
-    expected = scheduled(torch.optim.AdamW(theirs.values(), lr=0.1), theirs, scheduler)
-    assert followed == expected
-    assert len({lr for lr, _ in followed}) > 2
-    assert (len({beta for _, beta in followed}) > 2) == (name in CHANGES_BETAS)
-    for key, parameter in ours.items():
-        torch.testing.assert_close(parameter, theirs[key], rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_schedulers_move_a_learning_rate_that_is_a_tensor(name: str) -> None:
-    with_tensor, with_float = toy_parameters(), toy_parameters()
-    lr = torch.tensor(0.1, dtype=torch.float64)
-    optimizer = FusedChildAdamW(with_tensor.values(), lr=lr)
-    scheduled(optimizer, with_tensor, SCHEDULERS[name])
-    scheduled(FusedChildAdamW(with_float.values(), lr=0.1), with_float, SCHEDULERS[name])
-    for key, parameter in with_tensor.items():
-        torch.testing.assert_close(parameter, with_float[key], rtol=1e-6, atol=1e-7)
-
-
-def test_a_learning_rate_tensor_changed_in_place_takes_effect() -> None:
+def test_hooks_of_all_optimizers_run_around_those_of_one() -> None:
     parameters = toy_parameters()
-    lr = torch.tensor(0.1)
-    optimizer = FusedChildAdamW(parameters.values(), lr=lr)
-    train(optimizer, parameters, range(2))
-    lr.zero_()
-    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
-    train(optimizer, parameters, [2])
-    assert all(identical(parameters[name].detach(), before[name]) for name in before)
-    lr.fill_(float("nan"))
-    with untouched(optimizer), pytest.raises(ValueError, match=r"lr=.*finite"):
-        optimizer.step()
+    optimizer = FusedChildAdamW(parameters.items(), lr=0.1)
+    other = FusedChildAdamW([nn.Parameter(torch.ones(2))])
+    seen: list[str] = []
+
+    def hook(name: str) -> Any:
+        return lambda each, *_: seen.append(name if each is optimizer else "other")
+
+    handles = [
+        register_optimizer_step_pre_hook(hook("every pre")),
+        register_optimizer_step_post_hook(hook("every post")),
+        optimizer.register_step_pre_hook(hook("own pre")),
+        optimizer.register_step_post_hook(hook("own post")),
+    ]
+    try:
+        train(optimizer, parameters, range(1))
+        other.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    train(optimizer, parameters, range(1))
+    assert seen == ["every pre", "own pre", "own post", "every post", "other", "other"]
+
+
+def test_a_hook_may_change_gradients_and_the_closure() -> None:
+    hooked, plain = toy_parameters(), toy_parameters()
+    optimizer, other = (FusedChildAdamW(p.items(), lr=0.1, seed=1) for p in (hooked, plain))
+    asked: list[str] = []
+
+    def closure_of(name: str, loss: float) -> Any:
+        def closure() -> float:
+            asked.append(name)
+            return loss
+
+        return closure
+
+    def halve_gradients(*_: Any) -> None:
+        for parameter in hooked.values():
+            assert parameter.grad is not None
+            parameter.grad = parameter.grad / 2
+
+    def other_closure(_: Optimizer, arguments: Any, named: Any) -> Any:
+        assert (len(arguments), named) == (2, {})
+        return (arguments[0], closure_of("hook's", 7.0)), named
+
+    optimizer.register_step_pre_hook(halve_gradients)
+    optimizer.register_step_pre_hook(other_closure)
+    give_gradients(hooked, 1)
+    give_gradients(plain, 1)
+    for parameter in plain.values():
+        assert parameter.grad is not None
+        parameter.grad.div_(2)
+    assert optimizer.step(closure_of("own", 1.0)) == 7.0
+    other.step()
+    assert asked == ["hook's"]
+    assert_identical(weights_and_state(optimizer), weights_and_state(other))
 
 
 def small_model() -> nn.Module:

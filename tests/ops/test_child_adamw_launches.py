@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from childtune_kernels import ChildMask, FusedChildAdamW
+from childtune_kernels import ChildMask, FusedChildAdamW, OptionScheduler
 
 from ..columns import device_of
 
@@ -107,6 +107,20 @@ def test_only_what_has_changed_is_sent(column: str, watched: Counter[str]) -> No
     assert stepped(optimizer, watched) == {**launches, "rows": 1}
     members[0][1].grad = None
     assert stepped(optimizer, watched) == {**launches, "rows": 1}
+    assert stepped(optimizer, watched) == launches
+
+
+def test_schedules_send_numbers_alone(column: str, watched: Counter[str]) -> None:
+    """Of learning rate, betas and reserve_p: rows stay, launches too."""
+    optimizer = FusedChildAdamW(named_parameters("a"), reserve_p=0.3, backend=column)
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=8)
+    keeps = OptionScheduler(optimizer, "reserve_p", lambda step: 0.3 + 0.05 * step)
+    launches = {"step_scalars": 1, "child_adamw_dense": 1}
+    assert stepped(optimizer, watched) == {**launches, "rows": 1, "groups": 1}
+    for _ in range(5):
+        rates.step()
+        keeps.step()
+        assert stepped(optimizer, watched) == {**launches, "groups": 1}
     assert stepped(optimizer, watched) == launches
 
 

@@ -48,6 +48,7 @@ GROUP: dict[str, Any] = {
     "master_weight": "auto",
     "state_dtype": None,
     "amsgrad": False,
+    "differentiable": False,
     "capturable": False,
     "seed": SEED,
 }
