@@ -116,29 +116,14 @@ class FusedChildAdamW(Optimizer):
                 f"backend={backend!r} is unknown; use one of {registry.BACKENDS} or None"
             )
         defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "reserve_p": reserve_p,
-            "freeze_non_child": freeze_non_child,
-            "convention": convention,
-            "correct_bias": correct_bias,
-            "maximize": maximize,
-            "child_state": child_state,
-            "master_weight": master_weight,
-            "state_dtype": state_dtype,
-            "max_grad_norm": max_grad_norm,
-            "clip": clip,
-            "skip_nonfinite": skip_nonfinite,
-            "capturable": capturable,
-            "amsgrad": amsgrad,
-            "differentiable": differentiable,
-            "fused": fused,
-            "foreach": foreach,
-            WROTE_OUTSIDE: False,
+            "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "reserve_p": reserve_p,
+            "freeze_non_child": freeze_non_child, "convention": convention, "correct_bias": correct_bias,
+            "maximize": maximize, "child_state": child_state, "master_weight": master_weight,
+            "state_dtype": state_dtype, "max_grad_norm": max_grad_norm, "clip": clip,
+            "skip_nonfinite": skip_nonfinite, "capturable": capturable, "amsgrad": amsgrad,
+            "differentiable": differentiable, "fused": fused, "foreach": foreach, WROTE_OUTSIDE: False,
             "seed": seed,
-        }
+        }  # fmt: skip
         self._backend = backend
         self._planner = StepPlanner(backend)
         self._default_mask = child_mask

@@ -25,8 +25,8 @@ CHILD = torch.rand(NUMEL, generator=generator_of("low precision")) < 0.4
 MASKS: dict[str, dict[str, Any]] = {
     "plain": {},
     "CT_F": {"reserve_p": 0.3},
-    "CT_D compact": {"child": CHILD},
     "CT_D dense": {"child": CHILD, "child_state": "dense"},
+    "CT_D compact": {"child": CHILD},
     "decaying": {"child": CHILD, "freeze_non_child": False, "child_state": "dense"},
     "both": {"child": CHILD, "reserve_p": 0.3},
 }
@@ -183,6 +183,7 @@ def check_rounding_by_words(backend: str) -> None:
         for purpose, name in enumerate(("weight", "exp_avg", "exp_avg_sq"), start=1):
             expected = rounded_by_hand(wanted[name].detach().cpu(), purpose, step)
             assert torch.equal(raw_bits(found[name]), raw_bits(expected)), (name, step)
+    assert (stored.detach().cpu() != start).float().mean() > 0.5
 
 
 def test_rounding_by_words(backend: str) -> None:

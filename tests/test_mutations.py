@@ -15,12 +15,14 @@ from torch import Tensor
 
 from childtune_kernels.backends.reference import child_adamw as reference
 
+from . import test_low_precision as low_precision
 from . import test_numerics as numerics
 from . import test_theorem as theorem
 from .cases import Case
 from .columns import COLUMNS
 from .ops import test_child_adamw as equality
 from .ops import test_child_adamw_contract as contract
+from .ops import test_child_adamw_scaling as scaling
 
 Fault = Callable[[pytest.MonkeyPatch], None]
 Check = Callable[[str], None]
@@ -32,8 +34,8 @@ def _scalars_with(**replaced: float) -> Fault:
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = reference.adamw_scalars
 
-        def changed(numbers: Any, step: int) -> reference.Scalars:
-            return original(numbers, step)._replace(**replaced)
+        def changed(numbers: Any, step: int, factor: float) -> reference.Scalars:
+            return original(numbers, step, factor)._replace(**replaced)
 
         patch.setattr(reference, "adamw_scalars", changed)
 
@@ -44,8 +46,8 @@ def _numbers_with(**replaced: bool) -> Fault:
     def apply(patch: pytest.MonkeyPatch) -> None:
         original = reference.adamw_scalars
 
-        def changed(numbers: Any, step: int) -> reference.Scalars:
-            return original(numbers._replace(**replaced), step)
+        def changed(numbers: Any, step: int, factor: float) -> reference.Scalars:
+            return original(numbers._replace(**replaced), step, factor)
 
         patch.setattr(reference, "adamw_scalars", changed)
 
@@ -53,7 +55,8 @@ def _numbers_with(**replaced: bool) -> Fault:
 
 
 def _update_is_a_no_op(patch: pytest.MonkeyPatch) -> None:
-    def only_count(rows: Iterable[Any]) -> None:
+    def only_count(rows: Iterable[Any], factor: Any) -> None:
+        del factor
         for row in rows:
             if row.active:
                 row.step.add_(1)
@@ -93,10 +96,51 @@ def _master_is_ignored(patch: pytest.MonkeyPatch) -> None:
 
 
 def _master_is_never_replaced(patch: pytest.MonkeyPatch) -> None:
-    def changed(stored: Tensor, master: Tensor | None, compute: torch.dtype) -> Tensor:
-        return stored.to(compute) if master is None else master
+    patch.setattr(reference, "current_master", lambda stored, master: master)
 
-    patch.setattr(reference, "_current_weight", changed)
+
+def _remainder_is_lost(patch: pytest.MonkeyPatch) -> None:
+    original = reference.split_master
+
+    def changed(master: Tensor) -> tuple[Tensor, Tensor]:
+        weight, remainder = original(master)
+        return weight, torch.zeros_like(remainder)
+
+    patch.setattr(reference, "split_master", changed)
+
+
+def _ties_go_to_even(patch: pytest.MonkeyPatch) -> None:
+    def changed(master: Tensor) -> tuple[Tensor, Tensor]:
+        weight = reference.narrow(master, torch.bfloat16)
+        remainder = master.view(torch.int32) - (weight.view(torch.int16).int() << 16)
+        return weight, remainder.to(torch.int16)
+
+    patch.setattr(reference, "split_master", changed)
+
+
+def _words_are_those_of_the_keep_bits(patch: pytest.MonkeyPatch) -> None:
+    original = reference.element_words
+    patch.setattr(
+        reference,
+        "element_words",
+        lambda elements, key, step, purpose: original(elements, key, step, 0),
+    )
+
+
+def _values_are_rounded_down(patch: pytest.MonkeyPatch) -> None:
+    original = reference.narrow_by_words
+    patch.setattr(
+        reference, "narrow_by_words", lambda value, words: original(value, torch.zeros_like(words))
+    )
+
+
+def _scale_is_ignored(patch: pytest.MonkeyPatch) -> None:
+    original = reference.step_verdict
+    patch.setattr(
+        reference,
+        "step_verdict",
+        lambda factor, numbers: original(factor, numbers)._replace(factor=1.0),
+    )
 
 
 FAULTS: dict[str, Fault] = {
@@ -111,6 +155,11 @@ FAULTS: dict[str, Fault] = {
     "roots_of_torch": _roots_are_torchs,
     "master_ignored": _master_is_ignored,
     "master_never_replaced": _master_is_never_replaced,
+    "remainder_lost": _remainder_is_lost,
+    "ties_to_even": _ties_go_to_even,
+    "words_of_keep_bits": _words_are_those_of_the_keep_bits,
+    "rounded_down": _values_are_rounded_down,
+    "scale_ignored": _scale_is_ignored,
 }
 
 
@@ -138,10 +187,14 @@ FOUND: dict[Check, str] = {
     contract.check_frozen_weights: "no_op inverted_masks inverted_child",
     contract.check_decay_outside_the_child: "no_op no_decay inverted_masks inverted_child "
     "rounded_decay_factor",
-    contract.check_skipped_parameters: "no_op",
+    contract.check_skipped_parameters: "no_op remainder_lost",
     contract.check_master_is_an_fp32_copy: "no_op inverted_masks inverted_child master_ignored "
     "master_never_replaced",
     contract.check_without_master: "no_op",
+    low_precision.check_split_is_an_fp32_copy: "no_op inverted_masks inverted_child master_ignored "
+    "remainder_lost ties_to_even",
+    low_precision.check_rounding_by_words: "no_op words_of_keep_bits rounded_down",
+    scaling.check_scaling_changes_nothing: "no_rescale scale_ignored",
     numerics.check_distance_from_fp64: "no_op no_rescale no_decay inverted_masks "
     "inverted_bernoulli no_bias_correction",
     numerics.check_fp64_equals_torch: "no_op no_rescale no_decay inverted_masks "

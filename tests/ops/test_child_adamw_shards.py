@@ -50,6 +50,9 @@ GROUP: dict[str, Any] = {
     "amsgrad": False,
     "differentiable": False,
     "capturable": False,
+    "max_grad_norm": None,
+    "clip": "before_mask",
+    "skip_nonfinite": False,
     "seed": SEED,
 }
 
