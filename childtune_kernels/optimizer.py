@@ -13,6 +13,7 @@ from torch.optim.optimizer import ParamsT
 
 from . import graph_capture, parameters, registry, state_dicts, state_tensors
 from .child_mask import ChildMask
+from .gradient_release import GradientRelease
 from .group_options import WROTE_OUTSIDE, check_spelling, group_numbers
 from .step_planner import StepPlanner, state_of
 from .summary import summary_table
@@ -113,6 +114,7 @@ class FusedChildAdamW(Optimizer):
         }
         self._backend = backend
         self._planner = StepPlanner(backend)
+        self._gradient_release: GradientRelease | None = None
         self._default_mask = child_mask
         group_numbers(defaults, child_mask is not None, "the constructor")
         super().__init__(params, defaults)
@@ -156,7 +158,19 @@ class FusedChildAdamW(Optimizer):
         super().add_param_group(group)
         for parameter, state in zip(tensors, states, strict=True):
             self.state[parameter] = state
+        self._plan_anew()
+
+    def _plan_anew(self) -> None:
+        """Groups or state have been replaced."""
         self._planner.forget()
+        if self._gradient_release is not None:
+            self._gradient_release.renew()
+
+    def _check_exchange(self, what: str) -> None:
+        """Refuse to replace state that somebody goes on using."""
+        self._planner.captures.refuse(what)
+        if self._gradient_release is not None:
+            self._gradient_release.check_between_iterations(what)
 
     def _refuse_other_seed(self, param_group: dict[str, Any], where: str) -> None:
         own = {"seed": self.defaults["seed"], "backend": self._backend}
@@ -195,7 +209,51 @@ class FusedChildAdamW(Optimizer):
     # A compiled training step breaks its graph here: a plan reads addresses, which a trace has not.
     @torch._disable_dynamo
     def _update(self) -> None:
-        self._planner.step(self.param_groups, self.state)
+        if self._gradient_release is None:
+            self._planner.step(self.param_groups, self.state)
+        else:
+            self._gradient_release.step()
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, those that a release keeps too; as ``torch.optim.Optimizer.zero_grad``."""
+        super().zero_grad(set_to_none)
+        if self._gradient_release is not None:
+            self._gradient_release.begin_iteration()
+
+    def release_gradients(self, compact_gradients: bool = False) -> GradientRelease:
+        """Update each parameter as soon as backward has accumulated its gradient, then free the gradient.
+
+        The loop stays as it is, and so do results, bit for bit: ``step()`` marks the end of an iteration and
+        updates what has a gradient that backward did not bring. Options count as they are during
+        backward. Gradients cannot be accumulated; of a compiled model all gradients come at once.
+
+        With ``compact_gradients`` only the gradients of the child are kept, summed over any number of
+        backwards in fp32 (fp64 for fp64 parameters), one value a child element; ``step()`` makes of them one
+        dense gradient at a time. Parameters without a fixed mask keep ordinary gradients.
+
+        What needs all gradients finds none: ``clip_grad_norm_`` clips nothing. Under
+        ``DistributedDataParallel`` a gradient is not averaged yet when it is used, so that ranks
+        diverge: do not combine them.
+
+        Returns:
+            A handle, also a context manager; ``remove()`` ends the release.
+
+        Changes in place: during backward, parameters and state; ``.grad`` becomes None.
+
+        Raises:
+            RuntimeError: a release is active already, or a step has been captured into a CUDA graph. From
+                backward or ``step()``: a gradient that comes a second time, a GradScaler, a capture.
+            ValueError: ``max_grad_norm`` or ``skip_nonfinite``; ``compact_gradients`` without a fixed mask.
+
+        Source: SPEC.md, "Gradient release".
+        """
+        if self._gradient_release is not None:
+            raise RuntimeError(
+                "release_gradients() is active already; remove() the handle that it returned first"
+            )
+        self._gradient_release = GradientRelease(self, compact_gradients)
+        return self._gradient_release
 
     def load_state_dict(self, state_dict: dict[str, Any], *, relabel: bool = False) -> None:
         """Continue from a saved state, of FusedChildAdamW or of ``torch.optim.AdamW``.
@@ -211,7 +269,7 @@ class FusedChildAdamW(Optimizer):
         Raises:
             ValueError: groups, labels, shapes or options that do not fit; nothing has changed.
         """
-        self._planner.captures.refuse("load_state_dict")
+        self._check_exchange("load_state_dict")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
@@ -258,7 +316,7 @@ class FusedChildAdamW(Optimizer):
         Raises:
             ValueError: a mask that does not fit, or an unknown ``new_state``; nothing has changed.
         """
-        self._planner.captures.refuse("set_child_mask")
+        self._check_exchange("set_child_mask")
         if new_state not in ("keep", "reset"):
             raise ValueError(f"new_state={new_state!r} must be 'keep' or 'reset'")
         states = []
@@ -278,7 +336,7 @@ class FusedChildAdamW(Optimizer):
                 group[WROTE_OUTSIDE] = True
         for parameter, state in states:
             self.state[parameter] = state
-        self._planner.forget()
+        self._plan_anew()
 
     def to_adamw_state_dict(self) -> dict[str, Any]:
         """The state as ``torch.optim.AdamW.load_state_dict`` takes it.
@@ -314,7 +372,9 @@ class FusedChildAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
+        self.__dict__.setdefault("_gradient_release", None)
         self._default_mask = None
         captures = self.__dict__.get("_planner", StepPlanner(None)).captures
         self._planner = StepPlanner(self._backend)
         self._planner.captures = captures
+        self._plan_anew()

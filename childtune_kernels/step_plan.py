@@ -269,6 +269,10 @@ class StepPlan:
         for group in self._writes_outside:
             group[WROTE_OUTSIDE] = True
 
+    def drop_copies(self) -> None:
+        """Free the copies of gradients that ``refresh`` made: no step follows."""
+        self._copies.clear()
+
     def _at(self, index: int, column: str) -> int:
         return index * ROW_WIDTH + ROW_COLUMN[column]
 

@@ -57,6 +57,30 @@ class StepPlanner:
             if capturing:
                 self.captures.add(plans)
 
+    def check(self, groups: Groups, states: dict[Tensor, Any]) -> None:
+        """Refuse what a step would refuse now; nothing is stepped.
+
+        Raises:
+            ValueError: an option, state or gradient that does not fit.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            for plan in self._standing_plans(groups, states) or self._new_plans(groups, states):
+                plan.refresh(self._seen[1])
+                plan.drop_copies()
+
+    def plan_of(
+        self, label: str, parameter: Tensor, states: Mapping[Tensor, Any], group: dict[str, Any]
+    ) -> StepPlan:
+        """A plan of one parameter alone.
+
+        Raises:
+            ValueError: its state is missing or does not fit.
+        """
+        row = row_of(label, parameter, states, 0, group)
+        row.state["step"] = row.step.to(parameter.device)
+        choice = registry.choose("child_adamw", parameter.device, self.backend)
+        return StepPlan([row], [group], choice)
+
     def _standing_plans(self, groups: Groups, states: dict[Tensor, Any]) -> list[StepPlan] | None:
         """The plans, unless groups, parameters or state were exchanged by hand since they were made."""
         plans, before = self.plans, self._seen

@@ -47,6 +47,7 @@ FLOORS: list[set[str]] = [
     {"child_file", "fisher_sums", "state_dicts"},  # what is loaded and saved
     {"graph_capture"},  # what stands when a step goes into a CUDA graph
     {"step_planner"},  # which plans a step takes
+    {"gradient_release"},  # steps of single parameters, from within backward
     {"child_checkpoint", "fisher", "optimizer"},
     {"self_check", "report"},  # for the command line only
     {"__init__"},  # the public names and nothing else
