@@ -260,7 +260,7 @@ def test_a_child_exchanged_by_hand_is_refused() -> None:
     loss = loss_of(model, 1)
     state[name] = state[name].clone()
     before = weights_and_state(optimizer)
-    for act in (loss.backward, optimizer.step):
+    for act in (optimizer.step, loss.backward, optimizer.step):
         with pytest.raises(
             RuntimeError, match=r"child of inner\.weight changed while its gradients"
         ):

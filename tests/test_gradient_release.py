@@ -120,8 +120,8 @@ def two_losses(model: Any, optimizer: FusedChildAdamW, step: int) -> None:
     optimizer.step()
 
 
-def unfrozen_later(model: Any, optimizer: FusedChildAdamW, step: int) -> None:
-    model.inner.requires_grad_(step >= 2)
+def frozen_for_a_while(model: Any, optimizer: FusedChildAdamW, step: int) -> None:
+    model.inner.requires_grad_(step not in (1, 2))
     loss_of(model, step).backward()
     assert optimizer._gradient_release is None or model.inner.weight.grad is None
     optimizer.step()
@@ -163,8 +163,13 @@ def state_replaced_by_hand(model: Any, optimizer: FusedChildAdamW, step: int) ->
             optimizer.state[parameter] = {
                 name: value.clone() for name, value in optimizer.state[parameter].items()
             }
-        optimizer.param_groups[0] = {**optimizer.param_groups[0], "seed": 6}
         optimizer.param_groups.reverse()
+    loss_of(model, step).backward()
+    optimizer.step()
+
+
+def group_replaced_by_hand(model: Any, optimizer: FusedChildAdamW, step: int) -> None:
+    optimizer.param_groups[0] = {**optimizer.param_groups[0], "lr": 0.01 * (step + 1), "seed": 6}
     loss_of(model, step).backward()
     optimizer.step()
 
@@ -189,8 +194,8 @@ def closure(model: Any, optimizer: FusedChildAdamW, step: int) -> None:
 @pytest.mark.parametrize(
     "act",
     [
-        set_by_hand, two_losses, unfrozen_later, group_added_later, child_changed, state_loaded,
-        state_replaced_by_hand, weights_moved, closure,
+        set_by_hand, two_losses, frozen_for_a_while, group_added_later, child_changed, state_loaded,
+        state_replaced_by_hand, group_replaced_by_hand, weights_moved, closure,
     ],
 )  # fmt: skip
 def test_what_scripts_do_works_while_released(act: Any) -> None:
@@ -198,6 +203,26 @@ def test_what_scripts_do_works_while_released(act: Any) -> None:
     assert released._gradient_release is not None
     counts = {int(ordinary.state[parameter]["step"]) for parameter in trainable(ordinary)}
     assert max(counts) >= 1
+
+
+def test_a_frozen_parameter_stays_frozen_and_is_released_once_it_trains() -> None:
+    outcomes = []
+    for released in (False, True):
+        model, optimizer = model_and_optimizer("both")
+        model.inner.requires_grad_(False)
+        if released:
+            optimizer.release_gradients()
+        assert not model.inner.weight.requires_grad
+        train(model, optimizer, steps=2)
+        assert not model.inner.weight.requires_grad
+        assert int(optimizer.state[model.inner.weight]["step"]) == 0
+        model.inner.requires_grad_(True)
+        loss_of(model, 3).backward()
+        assert (model.inner.weight.grad is None) == released
+        optimizer.step()
+        assert int(optimizer.state[model.inner.weight]["step"]) == 1
+        outcomes.append(weights_and_state(optimizer))
+    assert_identical(*outcomes)
 
 
 def test_parameters_put_in_and_taken_out_by_hand() -> None:
@@ -219,6 +244,7 @@ def test_parameters_put_in_and_taken_out_by_hand() -> None:
         optimizer.zero_grad()
         assert int(optimizer.state[new]["step"]) == step + 1
     assert not torch.equal(new, old)
+    assert not old._post_accumulate_grad_hooks
 
 
 INDUCTOR = pytest.param("inductor", marks=pytest.mark.slow)
@@ -278,6 +304,19 @@ def test_copies_are_not_released_and_the_original_still_is() -> None:
     assert all(parameter.grad is None for parameter in trainable(optimizer))
 
 
+def test_a_warm_iteration_writes_no_row_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither the plans of one parameter nor those of all: a gradient in the one is none in the other."""
+    model, optimizer = model_and_optimizer("both")
+    optimizer.release_gradients()
+    train(model, optimizer, steps=2)
+    written: list[str] = []
+    monkeypatch.setattr(
+        StepPlan, "_refresh_rows", lambda plan, moved: written.append(plan.rows[0].label)
+    )
+    train(model, optimizer, steps=2)
+    assert written == []
+
+
 @pytest.mark.parametrize("end", ["remove", "with", "an error"])
 def test_after_the_end_everything_is_ordinary(end: str) -> None:
     model, optimizer = model_and_optimizer("both")
@@ -317,13 +356,14 @@ def test_a_handle_ends_its_own_release_alone() -> None:
 def test_hooks_end_with_the_optimizer() -> None:
     """A script that builds another optimizer for the model does not train with both."""
     model, optimizer = model_and_optimizer("plain")
-    optimizer.release_gradients()
+    release = weakref.ref(optimizer.release_gradients())
     train(model, optimizer, steps=1)
     gone = weakref.ref(optimizer)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     del optimizer
     gc.collect()
     assert gone() is None
+    assert release() is None
     loss_of(model, 1).backward()
     assert model.head.weight.grad is not None
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
