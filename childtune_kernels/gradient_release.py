@@ -6,7 +6,6 @@ import threading
 import weakref
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -14,7 +13,8 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from . import child_layout, graph_capture, ops
+from . import child_layout, graph_capture
+from .child_gradients import ChildGradients
 from .step_plan import StepPlan
 from .step_planner import StepPlanner, check_group, state_of
 
@@ -30,29 +30,32 @@ class _Owner(Protocol):
     _gradient_release: GradientRelease | None
 
 
-@dataclass(eq=False)
-class _Kept:
-    """The gradients of one parameter's child, summed since the last step; the child they are of."""
-
-    label: str
-    sums: Tensor
-    layout: list[Tensor | None]
-
-
 class GradientRelease:
     """What ``FusedChildAdamW.release_gradients`` returns: a handle, and a context manager.
 
-    The optimizer keeps it; hooks on the parameters know it by a weak reference, so that they end with
-    the optimizer. A copy of the optimizer (``pickle``, ``copy.deepcopy``) is not released.
+    A parameter is updated as soon as backward has accumulated its gradient, with the options of that moment,
+    and ``.grad`` becomes None. ``step()`` updates whatever else has a gradient. A compiled model hands over
+    all gradients of a graph at once. Under ``DistributedDataParallel`` a gradient is not averaged yet
+    when it is used, so that ranks diverge unseen; ``clip_grad_norm_`` finds no gradients and clips nothing.
+
+    With ``compact_gradients`` the gradients of the child alone are kept, summed in fp32 (fp64 for fp64
+    parameters), ``[child elements]`` a parameter; ``step()`` makes of them one dense gradient at a
+    time. Parameters without a fixed mask keep ordinary gradients.
+
+    The optimizer keeps the handle; hooks on the parameters know it by a weak reference, so that they end
+    with the optimizer. A copy of the optimizer (``pickle``, ``copy.deepcopy``) is not released.
 
     Args:
         optimizer: the optimizer whose parameters are updated.
         compact_gradients: keep the child's gradients for ``step()`` instead of updating at once.
 
     Raises:
-        ValueError: a group with ``max_grad_norm`` or ``skip_nonfinite``; ``compact_gradients`` without
-            a fixed mask. Nothing has changed.
-        RuntimeError: a step has been captured into a CUDA graph.
+        ValueError: a group with ``max_grad_norm`` or ``skip_nonfinite``, now or later;
+            ``compact_gradients`` without a fixed mask.
+        RuntimeError: another release, a step captured into a CUDA graph. From backward or ``step()``: a
+            gradient that comes a second time, a GradScaler, a capture.
+
+    Source: SPEC.md, "Gradient release".
     """
 
     def __init__(self, optimizer: _Owner, compact_gradients: bool) -> None:
@@ -69,7 +72,7 @@ class GradientRelease:
         self._places: dict[Tensor, tuple[int, int]] = {}
         self._plans: dict[Tensor, StepPlan] = {}
         self._updated: dict[Tensor, str] = {}
-        self._kept: dict[Tensor, _Kept] = {}
+        self._kept = ChildGradients()
         self._checked = False
         # Parameters of several devices get their gradients from as many threads of autograd.
         self._lock = threading.RLock()
@@ -82,7 +85,7 @@ class GradientRelease:
     @property
     def kept_bytes(self) -> int:
         """Bytes of the child gradients kept for the next step; 0 without ``compact_gradients``."""
-        return sum(kept.sums.nbytes for kept in self._kept.values())
+        return self._kept.nbytes
 
     def remove(self) -> None:
         """End the release; the optimizer steps as ever. Calling it again does nothing.
@@ -90,9 +93,9 @@ class GradientRelease:
         Raises:
             RuntimeError: gradients are kept that no step has used; nothing has changed.
         """
-        if self._kept:
+        if self._kept.labels:
             raise RuntimeError(
-                f"remove() while gradients of {self._names(self._kept)} are kept: they would be lost; call "
+                f"remove() while gradients of {_names(self._kept.labels)} are kept: they would be lost; call "
                 "optimizer.step() or optimizer.zero_grad() first"
             )
         for hook in self._hooks.values():
@@ -136,11 +139,14 @@ class GradientRelease:
         Raises:
             RuntimeError: a parameter's gradient has come, and neither step() nor zero_grad() since.
         """
-        for known, past in ((self._updated, "have been applied"), (self._kept, "are kept")):
+        for known, past in (
+            (self._updated, "have been applied"),
+            (self._kept.labels, "are kept"),
+        ):
             if known:
                 raise RuntimeError(
                     f"{what} in the middle of an iteration of release_gradients(): gradients of "
-                    f"{self._names(known)} {past}; call optimizer.step() or optimizer.zero_grad() first"
+                    f"{_names(known)} {past}; call optimizer.step() or optimizer.zero_grad() first"
                 )
 
     def step(self) -> None:
@@ -163,11 +169,10 @@ class GradientRelease:
             for parameter in self._hooks:
                 if parameter.grad is not None:
                     self._arrive(optimizer, parameter)
-            for parameter, kept in self._kept.items():
-                _check_child(kept, optimizer.state.get(parameter, {}))
+            self._kept.check(optimizer.state)
         # This checks every row, and steps those whose gradients are where they always are.
         optimizer._planner.step(optimizer.param_groups, optimizer.state)
-        for parameter in [*self._kept]:
+        for parameter in self._kept.labels:
             self._step_kept(optimizer, parameter)
         self.begin_iteration()
         self._hook_parameters(optimizer.param_groups)
@@ -181,17 +186,12 @@ class GradientRelease:
         if scaled:
             done = ""
             if self._updated:
-                done = f"; gradients of {self._names(self._updated)} have been applied, scaled"
+                done = f"; gradients of {_names(self._updated)} have been applied, scaled"
             raise RuntimeError(
                 f"{' and '.join(scaled)} set by a GradScaler, with release_gradients(): the scale is known "
                 f"only after backward{done}. Use bf16 without a scaler, or an "
                 "ordinary step, and start again from a checkpoint"
             )
-
-    @staticmethod
-    def _names(known: Mapping[Tensor, Any]) -> str:
-        labels = [getattr(entry, "label", entry) for entry in known.values()]
-        return labels[0] if len(labels) == 1 else f"{labels[0]} and {len(labels) - 1} others"
 
     def _hook_parameters(self, groups: Sequence[Mapping[str, Any]]) -> None:
         """See to it that the parameters of these groups have a hook, and no others."""
@@ -234,7 +234,7 @@ class GradientRelease:
         # What is made in inference mode could never be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
             if self._compact:
-                self._keep(label, parameter, state)
+                self._kept.add(label, parameter, state)
             else:
                 plan = self._plan_of(optimizer, label, parameter, group)
                 plan.refresh()
@@ -286,46 +286,19 @@ class GradientRelease:
             self._plans[parameter] = plan
         return plan
 
-    def _keep(self, label: str, parameter: Tensor, state: Mapping[str, Tensor]) -> None:
-        """Add the child's gradients to those that are kept, in the type of the update."""
-        gradient = parameter.grad
-        assert gradient is not None
-        ops.check_gradient(label, parameter, gradient)
-        kept, words = self._kept.get(parameter), child_layout.mask_words(state, parameter.numel())
-        assert words is not None
-        if kept is not None:
-            _check_child(kept, state)
-        if gradient.is_neg() or gradient.data_ptr() == 0:
-            gradient = torch.empty(
-                gradient.shape, dtype=gradient.dtype, device=gradient.device
-            ).copy_(gradient)
-        child = child_layout.gather_child(gradient, words)
-        if kept is None:
-            sums = child.to(ops.compute_dtype(parameter.dtype))
-            self._kept[parameter] = _Kept(label, sums, _layout(state))
-        else:
-            kept.sums.add_(child)
-
     @torch.inference_mode(False)
     @torch.no_grad()
     def _step_kept(self, optimizer: _Owner, parameter: Tensor) -> None:
         """Step one parameter by its kept sums: the one dense gradient that exists meanwhile."""
-        place, kept = self._place_of(optimizer.param_groups, parameter), self._kept[parameter]
+        place = self._place_of(optimizer.param_groups, parameter)
         if place is not None:
             plan = self._plan_of(optimizer, place[0], parameter, place[1])
             words = plan.rows[0].mask_words
             assert words is not None
-            dtype = parameter.grad_dtype
-            gradient = torch.zeros(parameter.shape, dtype=kept.sums.dtype, device=parameter.device)
-            parameter.grad_dtype = gradient.dtype
-            try:
-                parameter.grad = child_layout.scatter_child_(gradient, kept.sums, words)
+            with self._kept.as_gradient(parameter, words):
                 plan.refresh()
                 plan.run()
-            finally:
-                parameter.grad = None
-                parameter.grad_dtype = dtype
-        del self._kept[parameter]
+        self._kept.drop(parameter)
 
 
 # Compiled autograd breaks its graph here: a plan reads addresses, which a trace has not.
@@ -337,16 +310,9 @@ def _on_gradient(release: weakref.ref[GradientRelease], parameter: Tensor) -> No
         present.take(parameter)
 
 
-def _layout(state: Mapping[str, Tensor]) -> list[Tensor | None]:
-    return [state.get(name) for name in child_layout.LAYOUT_KEYS]
-
-
-def _check_child(kept: _Kept, state: Mapping[str, Tensor]) -> None:
-    if any(now is not then for now, then in zip(_layout(state), kept.layout, strict=True)):
-        raise RuntimeError(
-            f"the child of {kept.label} changed while its gradients were kept for a step; call "
-            "optimizer.step() before, or optimizer.zero_grad() to drop them"
-        )
+def _names(known: Mapping[Tensor, str]) -> str:
+    first = next(iter(known.values()))
+    return first if len(known) == 1 else f"{first} and {len(known) - 1} others"
 
 
 def _check_options(group: Mapping[str, Any], where: str) -> None:

@@ -224,17 +224,10 @@ class FusedChildAdamW(Optimizer):
     def release_gradients(self, compact_gradients: bool = False) -> GradientRelease:
         """Update each parameter as soon as backward has accumulated its gradient, then free the gradient.
 
-        The loop stays as it is, and so do results, bit for bit: ``step()`` marks the end of an iteration and
-        updates what has a gradient that backward did not bring. Options count as they are during
-        backward. Gradients cannot be accumulated; of a compiled model all gradients come at once.
-
-        With ``compact_gradients`` only the gradients of the child are kept, summed over any number of
-        backwards in fp32 (fp64 for fp64 parameters), one value a child element; ``step()`` makes of them one
-        dense gradient at a time. Parameters without a fixed mask keep ordinary gradients.
-
-        What needs all gradients finds none: ``clip_grad_norm_`` clips nothing. Under
-        ``DistributedDataParallel`` a gradient is not averaged yet when it is used, so that ranks
-        diverge: do not combine them.
+        The loop stays as it is, results too, bit for bit; ``step()`` ends an iteration. With
+        ``compact_gradients`` the child's gradients are summed over any number of backwards instead, in
+        fp32, and ``step()`` updates from them. What it promises and refuses: ``GradientRelease``. Do not
+        use it with ``clip_grad_norm_``, which finds nothing to clip, or ``DistributedDataParallel``.
 
         Returns:
             A handle, also a context manager; ``remove()`` ends the release.
@@ -242,11 +235,7 @@ class FusedChildAdamW(Optimizer):
         Changes in place: during backward, parameters and state; ``.grad`` becomes None.
 
         Raises:
-            RuntimeError: a release is active already, or a step has been captured into a CUDA graph. From
-                backward or ``step()``: a gradient that comes a second time, a GradScaler, a capture.
-            ValueError: ``max_grad_norm`` or ``skip_nonfinite``; ``compact_gradients`` without a fixed mask.
-
-        Source: SPEC.md, "Gradient release".
+            RuntimeError, ValueError: see ``GradientRelease``; nothing has changed.
         """
         if self._gradient_release is not None:
             raise RuntimeError(

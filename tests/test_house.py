@@ -33,7 +33,11 @@ FLOORS: list[set[str]] = [
         "smallest_words",
         "weight_bits",
     },
-    {"state_tensors", "summary"},  # the state of one parameter
+    {
+        "child_gradients",
+        "state_tensors",
+        "summary",
+    },  # the state of one parameter; sums of gradients
     {"step_plan"},  # the tables of a step
     # what an optimizer, a model and a disk bring; gradients one by one; Fisher to masks
     {
