@@ -119,14 +119,14 @@ class Captures:
                 "updating the old memory; build the optimizer anew and capture again"
             )
 
-    def refuse(self, what: str) -> None:
-        """Refuse to exchange state that a graph goes on using.
+    def refuse(self, what: str, why: str = "replays would go on updating the old state") -> None:
+        """Refuse what does not go with graphs that exist, as an exchange of state that they go on using.
 
         Raises:
             RuntimeError: a step has been captured.
         """
         if self._plans:
             raise RuntimeError(
-                f"{what} after step() was captured into a CUDA graph: replays would go on updating the "
-                "old state; build the optimizer anew, then capture again"
+                f"{what} after step() was captured into a CUDA graph: {why}; build the optimizer anew, then "
+                "capture again"
             )

@@ -81,6 +81,19 @@ def _max_grad_norm(value: Any, where: str) -> float:
     return norm
 
 
+def check_optimizers_own(group: Mapping[str, Any], own: Mapping[str, Any], where: str) -> None:
+    """Refuse a new group's own value of what an optimizer has once.
+
+    Raises:
+        ValueError: names the option.
+    """
+    for name, value in own.items():
+        if group.get(name, value) != value:
+            raise ValueError(
+                f"{name}={group[name]!r} ({where}) cannot differ by group; give it to the constructor"
+            )
+
+
 def check_shared(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse groups that differ in what is of all of them together.
 

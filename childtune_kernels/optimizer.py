@@ -10,17 +10,28 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import adamw_export, graph_capture, parameters, registry, state_dicts, state_tensors
+from . import (
+    adamw_export,
+    child_exchange,
+    graph_capture,
+    parameters,
+    registry,
+    state_dicts,
+    state_tensors,
+)
 from .child_mask import ChildMask
+from .gradient_release import GradientRelease
 from .group_options import (
     WROTE_OUTSIDE,
     check_drop_in,
+    check_optimizers_own,
     check_shared,
     check_spelling,
     group_numbers,
 )
-from .step_planner import StepPlanner, state_of
+from .step_planner import StepPlanner
 from .summary import summary_table
+from .weight_formats import full_precision
 
 
 class FusedChildAdamW(Optimizer):
@@ -111,10 +122,7 @@ class FusedChildAdamW(Optimizer):
         foreach: bool | None = None,
     ) -> None:
         seed = torch.initial_seed() if seed is None else seed
-        if backend is not None and backend not in registry.BACKENDS:
-            raise ValueError(
-                f"backend={backend!r} is unknown; use one of {registry.BACKENDS} or None"
-            )
+        registry.check_requested(backend)
         defaults = {
             "lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "reserve_p": reserve_p,
             "freeze_non_child": freeze_non_child, "convention": convention, "correct_bias": correct_bias,
@@ -126,6 +134,7 @@ class FusedChildAdamW(Optimizer):
         }  # fmt: skip
         self._backend = backend
         self._planner = StepPlanner(backend)
+        self._gradient_release: GradientRelease | None = None
         self._default_mask = child_mask
         group_numbers(defaults, child_mask is not None, "the constructor")
         check_drop_in(defaults, "the constructor")
@@ -147,15 +156,12 @@ class FusedChildAdamW(Optimizer):
             raise TypeError(f"a parameter group must be a dict, not {type(param_group).__name__}")
         self._planner.captures.refuse("add_param_group")
         where = f"group {len(self.param_groups)}"
-        self._refuse_other_seed(param_group, where)
+        own = {"seed": self.defaults["seed"], "backend": self._backend}
+        check_optimizers_own(param_group, own, where)
         group = {**self.defaults, **param_group}
         group.pop("backend", None)
         mask = group.pop("child_mask", self._default_mask)
-        known = [
-            (label, parameter)
-            for present in self.param_groups
-            for label, parameter in zip(present["param_names"], present["params"], strict=True)
-        ]
+        known = [*parameters.by_label(self.param_groups)]
         labels, tensors = parameters.labelled(group, known, where)
         check_spelling(group, where)
         group_numbers(group, mask is not None, where)
@@ -171,16 +177,19 @@ class FusedChildAdamW(Optimizer):
         super().add_param_group(group)
         for parameter, state in zip(tensors, states, strict=True):
             self.state[parameter] = state
-        self._planner.forget()
+        self._plan_anew()
 
-    def _refuse_other_seed(self, param_group: dict[str, Any], where: str) -> None:
-        own = {"seed": self.defaults["seed"], "backend": self._backend}
-        for name, value in own.items():
-            if param_group.get(name, value) != value:
-                raise ValueError(
-                    f"{name}={param_group[name]!r} ({where}) cannot differ by group; give it to the "
-                    "constructor"
-                )
+    def _plan_anew(self) -> None:
+        """Groups or state have been replaced."""
+        self._planner.forget()
+        if self._gradient_release is not None:
+            self._gradient_release.renew()
+
+    def _check_exchange(self, what: str) -> None:
+        """Refuse to replace state that somebody goes on using."""
+        self._planner.captures.refuse(what)
+        if self._gradient_release is not None:
+            self._gradient_release.check_between_iterations(what)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -210,8 +219,39 @@ class FusedChildAdamW(Optimizer):
     # A compiled training step breaks its graph here: a plan reads addresses, which a trace has not.
     @torch._disable_dynamo
     def _update(self) -> None:
+        if self._gradient_release is not None:
+            self._gradient_release.step()
+            return
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         self._planner.step(self.param_groups, self.state, *scaling)
+
+    @torch._disable_dynamo
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset all gradients, those that a release keeps too; as ``torch.optim.Optimizer.zero_grad``."""
+        super().zero_grad(set_to_none)
+        if self._gradient_release is not None:
+            self._gradient_release.begin_iteration()
+
+    def release_gradients(self, compact_gradients: bool = False) -> GradientRelease:
+        """Update each parameter as soon as backward has accumulated its gradient, then free the gradient.
+
+        The loop stays as it is, results too, bit for bit; ``step()`` ends an iteration. With
+        ``compact_gradients`` the child's gradients are summed over any number of backwards instead, in
+        fp32, and ``step()`` updates from them. What it promises and refuses: ``GradientRelease``. Do not
+        use it with ``clip_grad_norm_``, which finds nothing to clip, or ``DistributedDataParallel``.
+
+        Returns:
+            A handle, also a context manager; ``remove()`` ends the release.
+
+        Changes in place: during backward, parameters and state; ``.grad`` becomes None.
+
+        Raises:
+            RuntimeError, ValueError: see ``GradientRelease``; nothing has changed.
+        """
+        if self._gradient_release is not None:
+            raise RuntimeError("release_gradients() is active already; remove() its handle first")
+        self._gradient_release = GradientRelease(self, compact_gradients)
+        return self._gradient_release
 
     @property
     def last_grad_norm(self) -> Tensor | None:
@@ -220,8 +260,7 @@ class FusedChildAdamW(Optimizer):
         A tensor of no dimension (float64) on their device, which nothing has waited for; None where no norm
         was taken (no ``max_grad_norm``, no ``skip_nonfinite``). Source: SPEC.md, eq. 19 and 20.
         """
-        outcome = self._planner.outcome
-        return outcome[0] if outcome is not None and self._planner.took_norm else None
+        return self._planner.norm
 
     @property
     def step_was_skipped(self) -> Tensor:
@@ -229,8 +268,7 @@ class FusedChildAdamW(Optimizer):
 
         A bool tensor of no dimension on the gradients' device, which nothing has waited for.
         """
-        outcome = self._planner.outcome
-        return torch.tensor(False) if outcome is None else outcome[1] != 0
+        return self._planner.skipped
 
     def load_state_dict(self, state_dict: dict[str, Any], *, relabel: bool = False) -> None:
         """Continue from a saved state, of FusedChildAdamW or of ``torch.optim.AdamW``.
@@ -246,7 +284,7 @@ class FusedChildAdamW(Optimizer):
         Raises:
             ValueError: groups, labels, shapes or options that do not fit; nothing has changed.
         """
-        self._planner.captures.refuse("load_state_dict")
+        self._check_exchange("load_state_dict")
         state_dict = state_dict.copy()
         for pre_hook in self._optimizer_load_state_dict_pre_hooks.values():
             result = pre_hook(self, state_dict)
@@ -293,27 +331,18 @@ class FusedChildAdamW(Optimizer):
         Raises:
             ValueError: a mask that does not fit, or an unknown ``new_state``; nothing has changed.
         """
-        self._planner.captures.refuse("set_child_mask")
+        self._check_exchange("set_child_mask")
         if new_state not in ("keep", "reset"):
             raise ValueError(f"new_state={new_state!r} must be 'keep' or 'reset'")
-        states = []
-        for number, group in enumerate(self.param_groups):
-            words = parameters.mask_words(mask, group["param_names"], group["params"])
-            group_numbers(group, bool(words), f"group {number}")
-            for label, parameter in zip(group["param_names"], group["params"], strict=True):
-                own = words.get(label)
-                if new_state == "keep":
-                    current = state_of(label, parameter, self.state)
-                    state = state_tensors.moved_state(label, parameter, current, own, group)
-                else:
-                    state = state_tensors.initial_state(label, parameter, own, group)
-                states.append((parameter, state))
+        states = child_exchange.states_of_child(
+            self.param_groups, self.state, mask, keep=new_state == "keep"
+        )
         if any(int(self.state[parameter].get("step", 0)) > 0 for parameter, _ in states):
             for group in self.param_groups:
                 group[WROTE_OUTSIDE] = True
         for parameter, state in states:
             self.state[parameter] = state
-        self._planner.forget()
+        self._plan_anew()
 
     def to_adamw_state_dict(self, groups: adamw_export.Groups | None = None) -> dict[str, Any]:
         """The state as ``torch.optim.AdamW.load_state_dict`` takes it.
@@ -333,15 +362,13 @@ class FusedChildAdamW(Optimizer):
         """The parameters with all the precision that training has given them, by label.
 
         Returns:
-            New fp32 tensors for 16-bit parameters: the masters, or the weights where there are none; the
-            other parameters themselves, detached.
+            New fp32 tensors for 16-bit parameters, the masters or the weights; others are the parameters.
 
         Source: SPEC.md, eq. 12 and 17.
         """
         return {
-            label: state_tensors.full_precision(parameter, state_of(label, parameter, self.state))
-            for group in self.param_groups
-            for label, parameter in zip(group["param_names"], group["params"], strict=True)
+            label: full_precision(parameter, state_tensors.state_of(label, parameter, self.state))
+            for label, parameter in parameters.by_label(self.param_groups)
         }
 
     def state_bytes(self) -> int:
@@ -365,7 +392,9 @@ class FusedChildAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self.__dict__.setdefault("_backend", None)
+        self.__dict__.setdefault("_gradient_release", None)
         self._default_mask = None
         captures = self.__dict__.get("_planner", StepPlanner(None)).captures
         self._planner = StepPlanner(self._backend)
         self._planner.captures = captures
+        self._plan_anew()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -12,6 +12,12 @@ from . import ops
 from .child_mask import ChildMask
 from .labels import is_positional, label_of, positional_label
 from .plan_row import strided_map
+
+
+def by_label(groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]]:
+    """Label and tensor of every parameter, in the order of the groups."""
+    for group in groups:
+        yield from zip(group["param_names"], group["params"], strict=True)
 
 
 def labelled(

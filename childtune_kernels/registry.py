@@ -107,6 +107,16 @@ def survey(device: torch.device | str = "cpu") -> list[Choice]:
     return [_cell(op, backend, device) for op in TABLE for backend in BACKENDS]
 
 
+def check_requested(requested: str | None) -> None:
+    """Refuse the name of a backend that there is not.
+
+    Raises:
+        ValueError: names it.
+    """
+    if requested is not None and requested not in BACKENDS:
+        raise ValueError(f"backend={requested!r} is unknown; use one of {BACKENDS} or None")
+
+
 def choose(op: str, device: torch.device | str, requested: str | None = None) -> Choice:
     """The backend that serves ``op`` on ``device``: the requested one, else the first available.
 
@@ -117,9 +127,8 @@ def choose(op: str, device: torch.device | str, requested: str | None = None) ->
         RuntimeError: the requested backend does not serve this op here; the message says the remedy.
     """
     device = torch.device(device)
+    check_requested(requested)
     if requested is not None:
-        if requested not in BACKENDS:
-            raise ValueError(f"backend={requested!r} is unknown; use one of {BACKENDS} or None")
         cell = _cell(op, requested, device)
         if not cell.available:
             raise RuntimeError(_refusal(cell, device))

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import child_layout, ops, saved_groups, state_tensors
+from . import child_layout, ops, saved_groups, state_tensors, weight_formats
 from .group_options import check_spelling, group_numbers
 
 # What an optimizer keeps its state in, and the value that asks for nothing.
@@ -139,7 +139,7 @@ def _read_state(
         shape = torch.Size([ops.count_mask(words)])
     read = {"step": _saved_step(label, parameter, saved)}
     for plain in state_tensors.ELEMENTWISE:
-        name = state_tensors.key(plain, compact)
+        name = weight_formats.key(plain, compact)
         if plain in state_tensors.MOMENTS or name in saved:
             read[name] = _saved_tensor(name, label, parameter, saved, shape)
     if words is not None:
@@ -188,7 +188,7 @@ def _saved_tensor(
             f"state {name} of {label} is {found} in the state dict; expected shape {tuple(shape)} for a "
             f"parameter of shape {tuple(parameter.shape)}"
         )
-    integers = name.endswith(state_tensors.MASTERS["split"])
+    integers = name.endswith(weight_formats.MASTERS["split"])
     if tensor.dtype != torch.int16 if integers else not tensor.is_floating_point():
         expected = "int16" if integers else "floating point"
         raise ValueError(f"state {name} of {label} is of {tensor.dtype}; it must be {expected}")

@@ -9,53 +9,25 @@ import torch
 from torch import Tensor
 
 from . import child_layout, ops
+from .weight_formats import (
+    MASTER_DTYPES,
+    MASTER_NAMES,
+    MASTERS,
+    check_types,
+    decays_exactly,
+    kept_master,
+    key,
+    master_kind,
+    master_of,
+    moment_dtype,
+    with_masters_of,
+)
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-#: What a 16-bit weight's master is kept in, by kind: fp32 (SPEC.md, eq. 12) or an int16 remainder (eq. 17).
-MASTERS = {"fp32": "master_weight", "split": "master_remainder"}
-_MASTER_NAMES = {
-    "fp32": "an fp32 master weight",
-    "split": "a master remainder",
-    "none": "no master",
-}
-_MASTER_DTYPES = {"master_weight": torch.float32, "master_remainder": torch.int16}
 #: What has a value a weight, or with compact state a value a child element.
 ELEMENTWISE = (*MOMENTS, *MASTERS.values())
 
 State = Mapping[str, Tensor]
-
-
-def key(name: str, compact: bool) -> str:
-    """The name of a moment or master weight in a state; AdamW must not take a compact one for its own."""
-    return f"child_{name}" if compact else name
-
-
-def master_kind(parameter: Tensor, master_weight: str) -> str:
-    """What a parameter's ``master_weight`` option comes to: "fp32", "split", "stochastic" or "none"."""
-    if parameter.dtype not in ops.HALF_TYPES:
-        return "none"
-    if master_weight == "auto":
-        return "split" if parameter.dtype == torch.bfloat16 else "fp32"
-    return master_weight
-
-
-def kept_master(state: State) -> str:
-    """The kind of master that a state holds: "fp32", "split" or "none"."""
-    for kind, name in MASTERS.items():
-        if name in state or key(name, True) in state:
-            return kind
-    return "none"
-
-
-def moment_dtype(parameter: Tensor, state_dtype: torch.dtype | None) -> torch.dtype:
-    """The type of a parameter's moments under this ``state_dtype`` option."""
-    compute = ops.compute_dtype(parameter.dtype)
-    return compute if state_dtype is None else state_dtype
-
-
-def master_of(parameter: Tensor) -> Tensor:
-    """The fp32 master of a 16-bit weight, row-major."""
-    return parameter.detach().to(torch.float32, memory_format=torch.contiguous_format)
 
 
 def _wants_compact(parameter: Tensor, group: Mapping[str, Any]) -> bool:
@@ -66,12 +38,7 @@ def _wants_compact(parameter: Tensor, group: Mapping[str, Any]) -> bool:
     """
     if group["child_state"] != "auto":
         return bool(group["child_state"] == "compact")
-    return bool(group["freeze_non_child"]) or not _decays_exactly(parameter, group)
-
-
-def _decays_exactly(parameter: Tensor, group: Mapping[str, Any]) -> bool:
-    """Whether more than the stored 16-bit weight takes its decay: a master, or random rounding."""
-    return master_kind(parameter, group["master_weight"]) != "none"
+    return bool(group["freeze_non_child"]) or not decays_exactly(parameter, group)
 
 
 def initial_state(
@@ -87,7 +54,7 @@ def initial_state(
         ValueError: compact state that the other options do not allow.
     """
     device = parameter.device
-    _check_types(label, parameter, group)
+    check_types(label, parameter, group)
     state = {"step": torch.zeros((), dtype=torch.int64, device=device)}
     compact = words is not None and _wants_compact(parameter, group)
     shape: Any = parameter.shape
@@ -139,7 +106,7 @@ def moved_state(
     was_compact, compact = child_layout.is_compact(state), child_layout.is_compact(moved)
     old_words = child_layout.mask_words(state, parameter.numel())
     moved["step"].copy_(state["step"])
-    state = _with_masters_of(parameter, state, kept_master(moved), old_words)
+    state = with_masters_of(parameter, state, kept_master(moved), old_words)
     same = old_words is not None and words is not None and torch.equal(old_words, words)
     for name in ELEMENTWISE:
         source, target = key(name, was_compact), key(name, compact)
@@ -165,55 +132,6 @@ def moved_state(
                 child = child | ~before
             moved[target].copy_(torch.where(child, values, moved[target]))
     return moved
-
-
-def _with_masters_of(
-    parameter: Tensor, state: State, kind: str, words: Tensor | None
-) -> dict[str, Tensor]:
-    """A state whose masters are kept as another kind keeps them; ``words``: of its child."""
-    old = kept_master(state)
-    compact = child_layout.is_compact(state)
-    changed = dict(state)
-    if old == kind or old == "none":
-        return changed
-    masters = changed.pop(key(MASTERS[old], compact))
-    if kind == "split":
-        changed[key("master_remainder", compact)] = _remainder_of(masters)
-    elif kind == "fp32":
-        weights = parameter.detach()
-        if compact:
-            assert words is not None
-            weights = child_layout.gather_child(weights, words)
-        changed[key("master_weight", compact)] = ops.joined_master(weights, masters)
-    return changed
-
-
-def _remainder_of(master: Tensor) -> Tensor:
-    """The remainders (eq. 17) that go with weights to which fp32 masters were rounded by eq. 12.
-
-    It is a matter of the master alone: the weights may be loaded later. Ties, half of which eq. 12 rounds
-    towards zero, come back one fp32 place nearer to it.
-    """
-    weight, remainder = ops.split_master(master)
-    tied = (weight != master.to(torch.bfloat16)) & ~master.isnan()
-    return torch.where(tied, torch.full_like(remainder, 2**15 - 1), remainder)
-
-
-def full_precision(parameter: Tensor, state: State) -> Tensor:
-    """A 16-bit parameter in fp32, with all the precision that its state holds; others themselves."""
-    kind, weight = kept_master(state), parameter.detach()
-    if parameter.dtype not in ops.HALF_TYPES:
-        return weight
-    if kind == "none":
-        return master_of(parameter)
-    compact = child_layout.is_compact(state)
-    words = child_layout.mask_words(state, parameter.numel())
-    stored = child_layout.gather_child(weight, words) if compact and words is not None else weight
-    masters = state[key(MASTERS[kind], compact)]
-    current = (ops.joined_master if kind == "split" else ops.current_master)(stored, masters)
-    if not compact or words is None:
-        return current
-    return child_layout.scatter_child_(master_of(parameter), current, words)
 
 
 def _spread_out(parameter: Tensor, name: str, values: Tensor, words: Tensor | None) -> Tensor:
@@ -262,11 +180,11 @@ def check_state(label: str, parameter: Tensor, state: State, *, contents: bool =
             raise ValueError(f"state {name} of {label} must be a tensor, not {value!r}")
     compact = child_layout.is_compact(state)
     shape: Any = tuple(state["child_exp_avg"].shape[:1]) if compact else tuple(parameter.shape)
-    expected = dict.fromkeys(MOMENTS, _moments_of(parameter, state, compact)) | _MASTER_DTYPES
+    expected = dict.fromkeys(MOMENTS, _moments_of(parameter, state, compact)) | MASTER_DTYPES
     for plain, dtype in expected.items():
         name = key(plain, compact)
         tensor = state.get(name)
-        if tensor is None and plain in _MASTER_DTYPES:
+        if tensor is None and plain in MASTER_DTYPES:
             continue
         if (
             not isinstance(tensor, Tensor)
@@ -336,13 +254,13 @@ def check_options(label: str, parameter: Tensor, state: State, group: Mapping[st
     Raises:
         ValueError: masters or compact moments that the options do not have, or the reverse.
     """
-    _check_types(label, parameter, group)
+    check_types(label, parameter, group)
     compact = child_layout.is_compact(state)
     kind, kept = master_kind(parameter, group["master_weight"]), kept_master(state)
     expected = kind if kind in MASTERS else "none"
     if expected != kept:
         raise ValueError(
-            f"state of {label} has {_MASTER_NAMES[kept]}, which does not go with "
+            f"state of {label} has {MASTER_NAMES[kept]}, which does not go with "
             f"master_weight={group['master_weight']!r} and a weight of {parameter.dtype}; "
             "build the optimizer anew and load its state dict"
         )
@@ -358,7 +276,7 @@ def check_options(label: str, parameter: Tensor, state: State, group: Mapping[st
             f"state of {label} is {'compact' if compact else 'dense'}, which does not go with "
             f"child_state={wanted!r}; call optimizer.set_child_mask after a change of child_state"
         )
-    if compact and _decays_exactly(parameter, group) and not group["freeze_non_child"]:
+    if compact and decays_exactly(parameter, group) and not group["freeze_non_child"]:
         raise ValueError(
             f"freeze_non_child=False with compact state, a weight of {parameter.dtype} ({label}) and "
             f"master_weight={group['master_weight']!r}: decay outside the child needs more precision than "
@@ -366,20 +284,16 @@ def check_options(label: str, parameter: Tensor, state: State, group: Mapping[st
         )
 
 
-def _check_types(label: str, parameter: Tensor, group: Mapping[str, Any]) -> None:
-    """Refuse formats that are not for a parameter's type.
+def state_of(label: str, parameter: Tensor, states: Mapping[Tensor, Any]) -> dict[str, Tensor]:
+    """The state of a parameter.
 
     Raises:
-        ValueError: names the parameter and the option.
+        ValueError: there is none.
     """
-    kind = master_kind(parameter, group["master_weight"])
-    if kind in ("split", "stochastic") and parameter.dtype != torch.bfloat16:
+    state: dict[str, Tensor] | None = states.get(parameter)
+    if not state:
         raise ValueError(
-            f"master_weight={kind!r} is for bfloat16, and {label} is of {parameter.dtype}: 16 bits more do "
-            "not hold its master; use master_weight='fp32' or 'auto' in its group"
+            f"state of {label} is missing, and with it the mask, if it had one; load a state dict, "
+            "build the optimizer anew, or add new parameters with add_param_group"
         )
-    if group["state_dtype"] is not None and parameter.dtype == torch.float64:
-        raise ValueError(
-            f"state_dtype={group['state_dtype']} is not for {label}, which is of {parameter.dtype}; use "
-            "state_dtype=None in its group"
-        )
+    return state

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import child_layout, ops, registry, state_tensors
+from . import child_layout, ops, registry, state_tensors, weight_formats
 from .group_options import WROTE_OUTSIDE, check_spelling, group_numbers, watched_options
 from .labels import philox_key
 from .plan_row import (
@@ -66,11 +66,11 @@ class Row:
 
     @property
     def exp_avg(self) -> Tensor:
-        return self.state[state_tensors.key("exp_avg", self.compact)]
+        return self.state[weight_formats.key("exp_avg", self.compact)]
 
     @property
     def exp_avg_sq(self) -> Tensor:
-        return self.state[state_tensors.key("exp_avg_sq", self.compact)]
+        return self.state[weight_formats.key("exp_avg_sq", self.compact)]
 
     @property
     def step(self) -> Tensor:
@@ -78,13 +78,13 @@ class Row:
 
     @property
     def master_kind(self) -> str:
-        return state_tensors.kept_master(self.state)
+        return weight_formats.kept_master(self.state)
 
     @property
     def master(self) -> Tensor | None:
         """fp32 masters or int16 remainders, where the state holds them."""
-        name = state_tensors.MASTERS.get(self.master_kind)
-        return None if name is None else self.state[state_tensors.key(name, self.compact)]
+        name = weight_formats.MASTERS.get(self.master_kind)
+        return None if name is None else self.state[weight_formats.key(name, self.compact)]
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -134,7 +134,7 @@ def check_row(row: Row) -> None:
             f"the mask in the state of {row.label} came or went after the optimizer was built; use "
             "set_child_mask or load a state dict"
         )
-    moment = row.state.get(state_tensors.key("exp_avg", row.compact))
+    moment = row.state.get(weight_formats.key("exp_avg", row.compact))
     if isinstance(moment, Tensor) and moment.device != row.parameter.device:
         raise ValueError(
             f"{row.label} lies on {row.parameter.device}, its state on {moment.device}; move the "
@@ -291,6 +291,10 @@ class StepPlan:
         torch.autograd.graph.increment_version(self._changing)
         for group in self._writes_outside:
             group[WROTE_OUTSIDE] = True
+
+    def drop_copies(self) -> None:
+        """Free the copies of gradients that ``refresh`` made: no step follows."""
+        self._copies.clear()
 
     def _at(self, index: int, column: str) -> int:
         return index * ROW_WIDTH + ROW_COLUMN[column]

@@ -8,11 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graph_capture, ops, registry
+from . import graph_capture, ops, registry, state_tensors
 from .group_options import check_seed, check_shared
 from .labels import philox_key
 from .plan_row import contiguous_map
-from .step_factor import step_factors
+from .step_factor import StepFactor, step_factors
 from .step_plan import Row, StepPlan, check_row
 
 _NOTHING_SEEN = b"", b""
@@ -34,9 +34,7 @@ class StepPlanner:
         self._planned: list[Any] = []
         self._seen: tuple[Any, Any] = _NOTHING_SEEN
         self._shared: Any = None  # what was seen of options when groups were last found to agree
-        #: The norm of the last step's gradients, and 1 where it was skipped (float64 [2]); None: neither.
-        self.outcome: Tensor | None = None
-        self.took_norm = False
+        self._factor: StepFactor | None = None  # of the last step
 
     def forget(self) -> None:
         """Plan anew at the next step: groups or state have been replaced."""
@@ -72,11 +70,45 @@ class StepPlanner:
             factors = step_factors(plans, groups[0], grad_scale, found_inf, capturing)
             for plan, factor in zip(plans, factors, strict=True):
                 plan.run(factor, capturing)
-            first = factors[0] if factors else None
-            self.outcome = None if first is None else first.outcome
-            self.took_norm = first is not None and first.sums is not None
+            self._factor = factors[0] if factors else None
             if capturing:
                 self.captures.add(plans, factors)
+
+    def check(self, groups: Groups, states: dict[Tensor, Any]) -> None:
+        """Refuse what a step would refuse now; nothing is stepped.
+
+        Raises:
+            ValueError: an option, state or gradient that does not fit.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            for plan in self._standing_plans(groups, states) or self._new_plans(groups, states):
+                plan.refresh(self._seen[1])
+                plan.drop_copies()
+
+    def plan_of(
+        self, label: str, parameter: Tensor, states: Mapping[Tensor, Any], group: dict[str, Any]
+    ) -> StepPlan:
+        """A plan of one parameter alone.
+
+        Raises:
+            ValueError: its state is missing or does not fit.
+        """
+        row = row_of(label, parameter, states, 0, group)
+        row.state["step"] = row.step.to(parameter.device)
+        choice = registry.choose("child_adamw", parameter.device, self.backend)
+        return StepPlan([row], [group], choice)
+
+    @property
+    def norm(self) -> Tensor | None:
+        """The norm of the last step's gradients (float64, no dimension), where one was taken."""
+        factor = self._factor
+        return None if factor is None or factor.sums is None else factor.outcome[0]
+
+    @property
+    def skipped(self) -> Tensor:
+        """Whether the last step was skipped (bool, no dimension)."""
+        factor = self._factor
+        return torch.tensor(False) if factor is None else factor.outcome[1] != 0
 
     def _standing_plans(self, groups: Groups, states: dict[Tensor, Any]) -> list[StepPlan] | None:
         """The plans, unless groups, parameters or state were exchanged by hand since they were made."""
@@ -150,25 +182,10 @@ def row_of(
     row = Row(
         label=label,
         parameter=parameter,
-        state=state_of(label, parameter, states),
+        state=state_tensors.state_of(label, parameter, states),
         group_index=group_index,
         philox_key=philox_key(group["seed"], label),
         element_map=contiguous_map(parameter.numel()),
     )
     check_row(row)
     return row
-
-
-def state_of(label: str, parameter: Tensor, states: Mapping[Tensor, Any]) -> dict[str, Tensor]:
-    """The state of a parameter.
-
-    Raises:
-        ValueError: there is none.
-    """
-    state: dict[str, Tensor] | None = states.get(parameter)
-    if not state:
-        raise ValueError(
-            f"state of {label} is missing, and with it the mask, if it had one; load a state dict, "
-            "build the optimizer anew, or add new parameters with add_param_group"
-        )
-    return state

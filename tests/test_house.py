@@ -34,7 +34,9 @@ FLOORS: list[set[str]] = [
         "smallest_words",
         "weight_bits",
     },
-    {"saved_groups", "state_tensors", "summary"},  # groups that were saved; a parameter's state
+    {"weight_formats"},  # masters, remainders, types of moments
+    # groups that were saved; a parameter's state; sums of its gradients
+    {"child_gradients", "saved_groups", "state_tensors", "summary"},
     {"step_plan"},  # the tables of a step
     # what an optimizer, a model and a disk bring; gradients one by one; Fisher to masks
     {
@@ -45,9 +47,16 @@ FLOORS: list[set[str]] = [
         "selection",
         "weight_files",
     },
-    {"adamw_export", "child_file", "fisher_sums", "state_dicts"},  # what is loaded and saved
+    {
+        "adamw_export",
+        "child_exchange",
+        "child_file",
+        "fisher_sums",
+        "state_dicts",
+    },  # loaded and saved
     {"graph_capture", "step_factor"},  # what stands when a step goes into a CUDA graph
     {"step_planner"},  # which plans a step takes
+    {"gradient_release"},  # steps of single parameters, from within backward
     {"child_checkpoint", "fisher", "optimizer"},
     {"self_check", "report"},  # for the command line only
     {"__init__"},  # the public names and nothing else
