@@ -117,7 +117,12 @@ def gradient_norm(
     sums = torch.empty(2, dtype=torch.float64, device="cpu")
     after_mask = words is not None
     torch.ops.childtune_kernels.gradient_norm_(
-        row_table, group_table, row_table if words is None else words, after_mask, sums, capability()
+        row_table,
+        group_table,
+        row_table if words is None else words,
+        after_mask,
+        sums,
+        capability(),
     )
     return sums
 
