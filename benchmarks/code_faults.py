@@ -53,7 +53,7 @@ def _chunk_faults(code: MachineCode, full: int) -> Iterator[str]:
     if code.chunk.loops and full == code.tile:
         yield "a loop on the path of a full chunk: its instructions cannot be counted"
     yield from _calls(code.chunk)
-    for store in (False, True):
+    for store in (False,) if code.reduces else (False, True):
         yield from _narrow_accesses(code, code.chunk, store)
 
 

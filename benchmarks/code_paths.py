@@ -53,6 +53,36 @@ def full_chunk_path(blocks: list[Block]) -> Path:
     return _path(blocks, way, set(), worth)
 
 
+def reducing_path(blocks: list[Block]) -> Path:
+    """The way of a full chunk through a kernel that stores nothing but sums.
+
+    It is the one that loads most at addresses that differ from lane to lane, in accesses of 128 bits, then of
+    64, and of those the shortest. Where nothing is loaded so it is that of ``full_chunk_path``.
+    """
+    paths = []
+    for wide in blocks:
+        accesses = [access_of(item) for item in wide.instructions]
+        if not any(found and not found.store and found.bits >= 64 for found in accesses):
+            continue
+
+        def worth(block: Block, wide: Block = wide) -> tuple[int, int]:
+            return block is wide, -len(block.instructions)
+
+        way = _best_way(blocks, _calls(blocks), worth)
+        if way and wide.label in way.labels:
+            paths.append(_path(blocks, way, _calls(blocks), worth))
+
+    def loaded(path: Path) -> tuple[int, int, int]:
+        bits = [a.bits for a in path.accesses if not a.store and not a.guarded]
+        return (
+            sum(each for each in bits if each >= 128),
+            sum(each for each in bits if each >= 64),
+            -len(path.instructions),
+        )
+
+    return max(paths, key=loaded, default=None) or full_chunk_path(blocks)
+
+
 def scattered_path(blocks: list[Block]) -> Path | None:
     """The way of elements that are stepped one a thread and access, wherever they lie; None: there is none.
 

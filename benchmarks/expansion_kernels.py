@@ -19,6 +19,7 @@ class _Variant(NamedTuple):
     registers: int | None = None
     full: int | None = None
     lanes: int | None = None
+    reduces: bool = False
 
 
 @triton.jit

@@ -55,6 +55,8 @@ class Variant(Protocol):
     def full(self) -> int | None: ...
     @property
     def lanes(self) -> int | None: ...
+    @property
+    def reduces(self) -> bool: ...
 
 
 class Task(NamedTuple):
@@ -93,6 +95,7 @@ class MachineCode(NamedTuple):
     elementwise: bool
     full: int | None
     lanes: int | None
+    reduces: bool
     tile: int
     registers: int
     local_bytes: int
@@ -155,12 +158,14 @@ def read(variant: Variant, task: Task) -> MachineCode:
         faults = rounding.faults_in_amdgcn(compiled.asm["amdgcn"], fmas_of_expansions(task.target))
     threads = variant.num_warps * generation.lanes
     opcodes = {item.opcode for block in blocks for item in block.instructions}
-    chunk, scattered = code_paths.full_chunk_path(blocks), code_paths.scattered_path(blocks)
+    chunk_path = code_paths.reducing_path if variant.reduces else code_paths.full_chunk_path
+    chunk, scattered = chunk_path(blocks), code_paths.scattered_path(blocks)
     return MachineCode(
         task=task,
         elementwise=variant.elementwise,
         full=variant.full,
         lanes=variant.lanes,
+        reduces=variant.reduces,
         tile=variant.tile,
         registers=resources["registers"],
         local_bytes=resources["local"],

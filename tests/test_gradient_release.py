@@ -125,7 +125,7 @@ def test_copies_are_not_released_and_the_original_still_is() -> None:
     loss_of(copy.deepcopy(model), 1).backward()
     for other in copied:
         assert other._gradient_release is None
-        assert not getattr(other, "_step_supports_amp_scaling", False)
+        assert "_step_supports_amp_scaling" not in vars(other)
         assert_identical(weights_and_state(other), before)
         parameter = other.param_groups[0]["params"][0]
         parameter.square().sum().backward()

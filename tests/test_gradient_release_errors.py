@@ -187,7 +187,7 @@ def test_one_release_at_a_time() -> None:
     model, optimizer = model_and_optimizer("both")
     handle = optimizer.release_gradients()
     for compact in (False, True):
-        with pytest.raises(RuntimeError, match=r"active already; remove.. the handle"):
+        with pytest.raises(RuntimeError, match=r"active already; remove.. its handle"):
             optimizer.release_gradients(compact)
     loss_of(model, 0).backward()
     assert int(optimizer.state[model.head.bias]["step"]) == 1

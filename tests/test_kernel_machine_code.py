@@ -56,6 +56,11 @@ MOST: dict[str, tuple[Most, Most]] = {
     "outside 64": (Most(None, 60), Most(None, 26)),
     "outside 16": (Most(None, 56), Most(None, 29)),
     "fisher_accumulate": (Most(21, 189), Most(7.5, 20)),
+    "gradient_norm plain": (Most(6.6), Most(5.8)),
+    "gradient_norm fixed": (Most(18), Most(14.5)),
+    "gradient_norm bernoulli": (Most(37), Most(36)),
+    "gradient_norm both": (Most(41), Most(37)),
+    "gradient_norm again": (Most(11), Most(13.6)),
     "keep_words": (Most(261), Most(455)),
     "step_scalars": (Most(384), Most(667)),
     "topk_select": (Most(37), Most(310)),
@@ -64,6 +69,8 @@ MOST: dict[str, tuple[Most, Most]] = {
 
 def family(variant: str) -> str:
     """The row of the table above that a variant belongs to."""
+    if variant.startswith("gradient_norm"):
+        return " ".join(variant.split("-")[:2])
     found = re.match(r"child_adamw-(\w+)-(b?float\d+)", variant)
     if found is None:
         return variant.split()[0]
@@ -72,8 +79,10 @@ def family(variant: str) -> str:
 
 
 def expected_bytes(variant: str) -> float | None:
-    """What a full chunk of a step moves an element; None for other kernels."""
+    """What a full chunk of a step, or of a norm, moves an element; None for other kernels."""
     parts = variant.split("-")
+    if parts[0] == "gradient_norm" and parts[1] != "again":
+        return BYTES[parts[2]]
     if parts[0] != "child_adamw" or parts[1] in ("indices", "outside"):
         return None
     weight, grad = BYTES[parts[2]], BYTES[parts[3]]
@@ -106,7 +115,7 @@ def test_a_kernel_is_compiled_to_what_it_should_be(
     if (expected := expected_bytes(task.variant)) is not None:
         assert code.chunk is not None
         # With a fixed mask a thread reads a whole word, or two, for its four elements, or its two of fp64.
-        words = 4 if "-fixed-" in task.variant else 0
+        words = 4 if "-fixed-" in task.variant or "-both-" in task.variant else 0
         assert 0 <= code.chunk.bytes_per_element - expected <= words
 
 

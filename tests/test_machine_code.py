@@ -40,6 +40,7 @@ BROKEN: list[tuple[str, tuple[tuple[str, Any], ...], Sequence[str], tuple[str, .
     ("bf16 of eight", (), NVIDIA, ("bytes of shared memory", "occupancy")),
     ("reduction", (), TARGETS, ("bytes of shared memory",)),
     ("loop", (), TARGETS, ("a loop on the path",)),
+    ("narrow sums", (), TARGETS, ("128-bit", "of 64 bits and more")),
     ("many registers", (), TARGETS, ("occupancy, below 50 %",)),
     ("fp32", SPILLED, NVIDIA, ("registers are spilled",)),
 ]
@@ -61,7 +62,7 @@ good = pytest.mark.parametrize(
 
 @pytest.fixture(scope="module")
 def codes() -> dict[Task, MachineCode | str]:
-    todo = [Task(TOYS, name, target) for target in TARGETS for name in GOOD]
+    todo = [Task(TOYS, name, target) for target in TARGETS for name in (*GOOD, "sums")]
     todo += [Task(TOYS, n, target, options) for n, options, on, _ in BROKEN for target in on]
     return machine_code.read_all(todo)
 
@@ -79,6 +80,17 @@ def test_a_good_kernel_has_no_fault(codes: dict[Task, MachineCode | str], task: 
     assert code.chunk is not None
     assert code.chunk.bytes_per_element == GOOD[task.variant]
     assert code.chunk.instructions > 25
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_of_a_kernel_that_reduces_the_way_of_wide_loads_is_read(
+    codes: dict[Task, MachineCode | str], target: str
+) -> None:
+    code = read(codes, Task(TOYS, "sums", target))
+    assert code_faults.faults_of(code) == []
+    assert code.chunk is not None
+    loads = [access for access in code.chunk.accesses if not access.store]
+    assert {(access.bits, access.guarded) for access in loads} == {(128, False)}
 
 
 @broken

@@ -191,8 +191,7 @@ FOUND: dict[Check, str] = {
     contract.check_master_is_an_fp32_copy: "no_op inverted_masks inverted_child master_ignored "
     "master_never_replaced",
     contract.check_without_master: "no_op",
-    low_precision.check_split_is_an_fp32_copy: "no_op inverted_masks inverted_child master_ignored "
-    "remainder_lost ties_to_even",
+    low_precision.check_split_is_an_fp32_copy: "no_op master_ignored remainder_lost ties_to_even",
     low_precision.check_rounding_by_words: "no_op words_of_keep_bits rounded_down",
     scaling.check_scaling_changes_nothing: "no_rescale scale_ignored",
     numerics.check_distance_from_fp64: "no_op no_rescale no_decay inverted_masks "

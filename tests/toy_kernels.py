@@ -22,6 +22,7 @@ class ToyVariant(NamedTuple):
     registers: int | None = None
     full: int | None = None
     lanes: int | None = None
+    reduces: bool = False
 
 
 @triton.jit
@@ -84,6 +85,18 @@ def _loop_kernel(values, count, TILE: tl.constexpr):  # type: ignore[no-untyped-
         tl.store(here, tl.load(here) * 0.5)
 
 
+@triton.jit
+def _sums_kernel(row, sums, HINT: tl.constexpr, TILE: tl.constexpr):  # type: ignore[no-untyped-def]
+    start = tl.program_id(0).to(tl.int64) * TILE
+    values = tl.multiple_of(tl.load(row).to(tl.pointer_type(tl.float32)), HINT) + start
+    at = tl.arange(0, TILE)
+    left = tl.load(row + 1) - start
+    if left >= TILE:
+        tl.store(sums + tl.program_id(0), tl.sum(tl.load(values + at), 0))
+    else:
+        tl.store(sums + tl.program_id(0), tl.sum(tl.load(values + at, at < left, 0.0), 0))
+
+
 def variants(target_generation: str) -> Iterator[ToyVariant]:
     """The good kernels first, then those with one fault each."""
     four = 1024 if target_generation == "gfx942" else 512  # four elements a thread
@@ -99,6 +112,8 @@ def variants(target_generation: str) -> Iterator[ToyVariant]:
     yield _step("many registers", tl.float32, 16, tile=8192 if four == 1024 else 2048)
     signature = {"values": "*fp32", "count": "i32", "TILE": "constexpr"}
     yield ToyVariant("loop", _loop_kernel, signature, {"TILE": 1024}, full=1024)
+    yield _sums("sums", 16, four)
+    yield _sums("narrow sums", 4, four)
 
 
 def _step(
@@ -107,3 +122,12 @@ def _step(
     constants = {"KIND": kind, "W_HINT": w_hint, "HINT": hint, "WHAT": what, "TILE": tile}
     signature = {"chunks": "*i64", "rows": "*i64", **dict.fromkeys(constants, "constexpr")}
     return ToyVariant(name, _step_kernel, signature, constants, tile=tile, full=tile)
+
+
+def _sums(name: str, hint: int, tile: int) -> ToyVariant:
+    constants = {"HINT": hint, "TILE": tile}
+    signature = {"row": "*i64", "sums": "*fp32", **dict.fromkeys(constants, "constexpr")}
+    return ToyVariant(
+        name, _sums_kernel, signature, constants,
+        elementwise=False, tile=tile, full=tile, reduces=True,
+    )  # fmt: skip

@@ -55,11 +55,12 @@ def gradient_norm(
     Raises:
         RuntimeError: a capture to which no step of the same rows came before; nothing was launched.
     """
+    sums: Tensor
     if choice.backend == "reference":
-        sums: Tensor = choice.module.gradient_norm(rows, after_mask)
-        return sums
-    words = _word_addresses(rows, row_table, kept, capturing) if after_mask else None
-    sums = choice.module.gradient_norm(rows, row_table, group_table, kept, words, capturing)
+        sums = choice.module.gradient_norm(rows, after_mask)
+    else:
+        words = _word_addresses(rows, row_table, kept, capturing) if after_mask else None
+        sums = choice.module.gradient_norm(rows, row_table, group_table, kept, words, capturing)
     return sums
 
 

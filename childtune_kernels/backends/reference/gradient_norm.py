@@ -17,8 +17,9 @@ _COLUMNS, _ROWS = 128, 32  # of a unit
 def gradient_norm(rows: Sequence[Any], after_mask: bool) -> Tensor:
     """Σ and Σ' of eq. 19: float64 ``[2]`` on the rows' device (contract: ops.gradient_norm).
 
-    On MPS, which has no fp64, they are computed and stay on the CPU. A row offers ``active``, ``parameter`` (with its ``grad``), ``mask_words`` or None, ``step``,
-    ``philox_key``, ``element_map`` and ``numbers`` (``GroupNumbers``).
+    On MPS, which has no fp64, they are computed and stay on the CPU. A row offers ``active``, ``parameter``
+    (with its ``grad``), ``mask_words`` or None, ``step``, ``philox_key``, ``element_map`` and ``numbers``
+    (``GroupNumbers``).
     """
     every, kept = [], []
     for row in rows:

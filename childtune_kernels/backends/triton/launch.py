@@ -35,7 +35,7 @@ class Variant(NamedTuple):
     values of the constexpr ones. ``elementwise``: the kernel needs neither shared memory nor shuffles.
     ``registers``: the most that a thread may have. ``full``: the elements that its branch of 128-bit
     accesses takes at a time, and ``lanes``: those that its branch for elements anywhere takes at a time, one
-    a thread and access; None where it has no such branch.
+    a thread and access; None where it has no such branch. ``reduces``: a full chunk is only read.
     """
 
     name: str
@@ -48,6 +48,7 @@ class Variant(NamedTuple):
     registers: int | None = None
     full: int | None = None
     lanes: int | None = None
+    reduces: bool = False
 
 
 #: Registers a thread with which half of an NVIDIA multiprocessor's 2048 threads can be resident.
