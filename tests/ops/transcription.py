@@ -160,3 +160,24 @@ def run_scores(scores: Sequence[float], granularity: int) -> Array:
                 total = np.float32(total + block)
         sums.append(total)
     return np.array(sums, dtype=np.float32)
+
+
+def gradient_norm(rows: Sequence[Array]) -> float:
+    """Eq. 19 for the x of every row, in double precision."""
+    sums = [_unit_sum(row[at : at + 4096]) for row in rows for at in range(0, len(row), 4096)]
+    while len(sums) > 1:
+        sums = [_unit_sum(np.array(sums[at : at + 4096])) for at in range(0, len(sums), 4096)]
+    return sums[0] if sums else 0.0
+
+
+def _unit_sum(unit: Array) -> float:
+    padded = np.zeros(4096)
+    padded[: len(unit)] = unit
+    columns = np.zeros(128)
+    with np.errstate(all="ignore"):
+        for k in range(32):
+            columns += padded[128 * k : 128 * (k + 1)]
+        for h in (64, 32, 16, 8, 4, 2, 1):
+            for j in range(h):
+                columns[j] = columns[j] + columns[j + h]
+    return float(columns[0])
