@@ -48,14 +48,26 @@ _ALL_OF_STEP = (*_STEP, "_child_adamw_segments_kernel", "_decay_outside_kernel")
 _PRODUCT = (
     "column_equals and not compact and not plain-original and not bernoulli-torch and not fixed-original "
     "and not fixed_decaying-torch and not both-original and not both_decaying-torch "
-    "and not fp32_gradient_no_master"
+    "and not fp32_gradient_no_master and not fp32_master and not stochastic and not bf16_state"
+)
+# Words of all four purposes in each kernel; the other types take the same code.
+_ROUNDED = "column_equals and (bf16_stochastic_bf16_state-plain or bf16_stochastic_bf16_state-both) and not chosen"
+_SCALED = (
+    "every_column and (before_mask-bf16-plain or before_mask-rounded-CT_F or after_mask-fp32-CT_D) "
+    "and not dense"
 )
 # The longest first. A run counts from the day its op has a cell in the registry's Triton column.
 RUNS = [
     Run("child_adamw", "test_child_adamw", _STEP[:2], _PRODUCT, "dense"),
     Run(
         "child_adamw", "test_child_adamw", _ALL_OF_STEP,
-        "column_equals and compact and not chosen and not fp32_gradient_no_master", "compact",
+        "column_equals and compact and not chosen and not fp32_gradient_no_master and not fp32_master "
+        "and not stochastic and not bf16_state", "compact",
+    ),
+    Run("child_adamw", "test_child_adamw", _ALL_OF_STEP[:4], _ROUNDED, "rounded"),
+    Run(
+        "child_adamw", "test_child_adamw_scaling",
+        (*_STEP, "_gradient_norm_kernel", "_gradient_norm_again_kernel"), _SCALED,
     ),
     Run("child_adamw", "test_child_adamw_shards", _STEP, "not alignment or -3"),
     Run("child_adamw", "test_child_adamw", _STEP[:2], "not column_equals", "others"),
@@ -81,7 +93,7 @@ RUNS = [
 # Every test of the modules that are cut short above.
 WHOLE = [
     Run("child_adamw", f"test_child_adamw{part}", _STEP, part="all")
-    for part in ("", "_contract", "_shards")
+    for part in ("", "_contract", "_shards", "_scaling")
 ]
 ACTIVE = [run for run in RUNS if registry.TABLE[run.op]["triton"] is not None]
 

@@ -70,6 +70,7 @@ def _constants(combination: Combination, generation: str) -> dict[str, Any]:
 
 def _step_launch(plan: DevicePlan, rows: Tensor, each: Launch) -> None:
     combination = each.combination
+    cut = cut_of(combination, plan.generation)
     between = plan.draws if each.words is None else each.words
     launch.launch(
         _KERNELS[combination.layout],
@@ -77,8 +78,8 @@ def _step_launch(plan: DevicePlan, rows: Tensor, each: Launch) -> None:
         plan.device,
         (rows, each.chunks, between, plan.scalars[combination.compute]),
         _constants(combination, plan.generation),
-        cut_of(combination, plan.generation).num_warps,
-        launch.HALF_OCCUPANCY,
+        cut.num_warps,
+        cut.registers,
     )
 
 
@@ -162,7 +163,7 @@ def variants(generation: str) -> Iterator[launch.Variant]:
             cut.num_warps,
             elementwise=each.layout != "words",
             tile=cut.tile,
-            registers=launch.HALF_OCCUPANCY,
+            registers=cut.registers,
             full=None if each.layout in ("indices", "outside") else cut.full,
             lanes=cut.lanes,
         )

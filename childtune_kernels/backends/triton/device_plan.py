@@ -48,6 +48,11 @@ class Combination(NamedTuple):
     layout: str
 
     @property
+    def draws(self) -> bool:
+        """Whether weights or moments are rounded by random words."""
+        return self.master == "stochastic" or self.moment != self.compute
+
+    @property
     def compute(self) -> torch.dtype:
         """The computing type."""
         return torch.float64 if self.weight == torch.float64 else torch.float32
@@ -57,33 +62,43 @@ class Cut(NamedTuple):
     """How the kernel of a combination is cut up.
 
     ``tile``: elements a program; ``full``: elements that a branch of 128-bit accesses takes at a time;
-    ``lanes``: those of any other branch.
+    ``lanes``: those of any other branch; ``registers``: the most that a thread may have.
     """
 
     tile: int
     full: int
     lanes: int
     num_warps: int
+    registers: int
 
 
 def cut_of(combination: Combination, generation: str) -> Cut:
     """The tile and lanes with which a kernel needs no more than 64 registers a thread.
 
-    fp64 takes twice the registers; a Bernoulli mask over scattered children a Philox block an element.
+    fp64 takes twice the registers; random words over scattered children a Philox block an element. Words and a
+    fixed mask in one tile take 80 registers: the instructions that they are limited by hide what half
+    of all threads would.
     """
     op = "child_adamw" if combination.layout in ("dense", "fixed") else "child_adamw_compact"
     config = launch.config(op, generation)
     tile, num_warps = config
     words = combination.layout == "words"
     if generation == "interpreter":
-        return Cut(WORDS_UNIT if words else tile, WORDS_UNIT, tile, num_warps)
+        return Cut(
+            WORDS_UNIT if words else tile, WORDS_UNIT, tile, num_warps, launch.HALF_OCCUPANCY
+        )
     threads = launch.lanes(generation, config)
     double = combination.compute == torch.float64
     full = tile // 2 if double else tile
-    scattered = threads if combination.bernoulli or double else 2 * threads
+    random = combination.bernoulli or combination.draws
+    scattered = threads if random or double else 2 * threads
+    registers = launch.HALF_OCCUPANCY
+    if combination.draws and combination.layout == "fixed":
+        registers = launch.THIRD_OCCUPANCY
     if words:
-        return Cut(WORDS_UNIT, full, scattered, num_warps)
-    return Cut(full, full, scattered if combination.layout == "indices" else threads, num_warps)
+        return Cut(WORDS_UNIT, full, scattered, num_warps, registers)
+    lanes = scattered if combination.layout == "indices" else threads
+    return Cut(full, full, lanes, num_warps, registers)
 
 
 def outside(weight: torch.dtype) -> Combination:

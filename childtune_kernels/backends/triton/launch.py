@@ -53,6 +53,7 @@ class Variant(NamedTuple):
 
 #: Registers a thread with which half of an NVIDIA multiprocessor's 2048 threads can be resident.
 HALF_OCCUPANCY = 64
+THIRD_OCCUPANCY = 80  # three eighths of them
 
 # Never autotuned: the trial runs of an in-place kernel would change weights and state. Four elements a
 # thread are one 128-bit access of fp32, and leave registers for more than half of all threads. Not yet

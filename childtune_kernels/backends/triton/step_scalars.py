@@ -71,10 +71,12 @@ def _factor(groups, sums, grad_scale, found_inf, outcome):
     most = tl.load(groups + plan.MAX_GRAD_NORM)
     share = most / (norm + 1e-6)
     # A NaN stays one.
-    clipped = tl.where((most == 0.0) | (share >= 1.0), 1.0, share)
+    clipped = tl.where(most == 0.0, 1.0, tl.where(share >= 1.0, 1.0, share))
     of_all = tl.load(sums + 1)
-    nonfinite = (tl.load(groups + plan.SKIP_NONFINITE) != 0.0) & (of_all - of_all != 0.0)
-    skipped = nonfinite | (tl.load(found_inf) != 0.0)
+    # Counts, not bits: the interpreter knows no operations between bits of scalars and of tensors.
+    nonfinite = tl.where(of_all - of_all != 0.0, 1, 0)
+    nonfinite = tl.where(tl.load(groups + plan.SKIP_NONFINITE) != 0.0, nonfinite, 0)
+    skipped = tl.where(tl.load(found_inf) != 0.0, 1, nonfinite)
     if tl.program_id(0) == 0:
         tl.store(outcome, norm)
         tl.store(outcome + 1, skipped.to(tl.float64))
@@ -90,7 +92,7 @@ def _step_scalars_kernel(
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < tl.load(count)
     row = rows + index.to(tl.int64) * plan.ROW
-    active = exists & (tl.load(row + plan.ACTIVE, exists, 0) != 0) & (skipped == 0)
+    active = exists & (tl.where(skipped == 0, tl.load(row + plan.ACTIVE, exists, 0), 0) != 0)
     group = groups + tl.load(row + plan.GROUP_INDEX, active, 0) * plan.GROUP
     step = tl.load(row + plan.STEP, active, 0).to(tl.pointer_type(tl.int64))
     t = tl.load(step, active, 0) + 1
