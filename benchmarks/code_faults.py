@@ -10,10 +10,14 @@ if TYPE_CHECKING:
 
 
 class Most(NamedTuple):
-    """Bounds on instructions an element: of a full chunk, and of elements taken one by one."""
+    """Bounds on instructions an element: of a full chunk, and of elements taken one by one.
+
+    ``occupancy``: the least share of all threads that registers leave room for.
+    """
 
     chunk: float | None = None
     scattered: float | None = None
+    occupancy: float = 0.5
 
 
 NO_BOUNDS = Most()
@@ -24,9 +28,9 @@ def faults_of(code: MachineCode, most: Most = NO_BOUNDS) -> list[str]:
     faults = list(code.rounding_faults)
     if code.local_bytes:
         faults.append(f"{code.local_bytes} bytes of local memory a thread: registers are spilled")
-    if code.occupancy < 0.5:
+    if code.occupancy < most.occupancy:
         faults.append(
-            f"{code.registers} registers allow {code.occupancy:.0%} occupancy, below 50 %"
+            f"{code.registers} registers allow {code.occupancy:.0%} occupancy, below {most.occupancy:.0%}"
         )
     if code.elementwise and (code.shared_bytes or code.exchanges):
         between = ", ".join(code.exchanges)

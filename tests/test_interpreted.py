@@ -51,7 +51,10 @@ _PRODUCT = (
     "and not fp32_gradient_no_master and not fp32_master and not stochastic and not bf16_state"
 )
 # Words of all four purposes in each kernel; the other types take the same code.
-_ROUNDED = "column_equals and (bf16_stochastic_bf16_state-plain or bf16_stochastic_bf16_state-both) and not chosen"
+_ROUNDED = (
+    "column_equals and (bf16_stochastic_bf16_state-plain or bf16_stochastic_bf16_state-both) "
+    "and not chosen"
+)
 _SCALED = (
     "every_column and (before_mask-bf16-plain or before_mask-rounded-CT_F or after_mask-fp32-CT_D) "
     "and not dense"

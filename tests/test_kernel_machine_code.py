@@ -75,7 +75,13 @@ def family(variant: str) -> str:
     if found is None:
         return variant.split()[0]
     bits = {"float64": "64", "float32": "32"}.get(found[2], "16")
-    return f"{found[1]} {bits}" + " bernoulli" * variant.endswith("bernoulli")
+    drawn = " drawn" * draws(variant)
+    return f"{found[1]} {bits}{drawn}" + " bernoulli" * variant.endswith("bernoulli")
+
+
+def draws(variant: str) -> bool:
+    """Whether a step rounds by random words."""
+    return bool({"stochastic", "bf16_moments"} & {*variant.split("-")})
 
 
 def expected_bytes(variant: str) -> float | None:
@@ -86,13 +92,30 @@ def expected_bytes(variant: str) -> float | None:
     if parts[0] != "child_adamw" or parts[1] in ("indices", "outside"):
         return None
     weight, grad = BYTES[parts[2]], BYTES[parts[3]]
-    moment = 8 if weight == 8 else 4
-    return 2 * weight + grad + 4 * moment + 8 * ("master" in parts)
+    moment = 2 if "bf16_moments" in parts else 8 if weight == 8 else 4
+    masters = 8 * ("master" in parts) + 4 * ("split" in parts)
+    return 2 * weight + grad + 4 * moment + masters
 
 
 TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
+
+
+def _is_slow(task: Task) -> bool:
+    """Of what is rounded by words, one target and gradients of the weights' own type are looked at as a rule."""
+    parts = task.variant.split("-")
+    return draws(task.variant) and (task.target != "sm_90" or parts[2] != parts[3])
+
+
 by_task = pytest.mark.parametrize(
-    "task", TASKS, ids=[f"{task.variant}-{task.target}" for task in TASKS]
+    "task",
+    [
+        pytest.param(
+            task,
+            id=f"{task.variant}-{task.target}",
+            marks=[pytest.mark.slow] if _is_slow(task) else [],
+        )
+        for task in TASKS
+    ],
 )
 
 

@@ -41,7 +41,7 @@ BROKEN: list[tuple[str, tuple[tuple[str, Any], ...], Sequence[str], tuple[str, .
     ("reduction", (), TARGETS, ("bytes of shared memory",)),
     ("loop", (), TARGETS, ("a loop on the path",)),
     ("narrow sums", (), TARGETS, ("128-bit", "of 64 bits and more")),
-    ("many registers", (), TARGETS, ("occupancy, below 50 %",)),
+    ("many registers", (), TARGETS, ("occupancy, below 50%",)),
     ("fp32", SPILLED, NVIDIA, ("registers are spilled",)),
 ]
 broken = pytest.mark.parametrize(

@@ -75,8 +75,8 @@ class Cut(NamedTuple):
 def cut_of(combination: Combination, generation: str) -> Cut:
     """The tile and lanes with which a kernel needs no more than 64 registers a thread.
 
-    fp64 takes twice the registers; random words over scattered children a Philox block an element. Words and a
-    fixed mask in one tile take 80 registers: the instructions that they are limited by hide what half
+    fp64 takes twice the registers; random words over scattered children a Philox block an element. Words
+    and a fixed mask in one tile take 80 registers: the instructions that they are limited by hide what half
     of all threads would.
     """
     op = "child_adamw" if combination.layout in ("dense", "fixed") else "child_adamw_compact"
