@@ -101,7 +101,7 @@ TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
 
 
 def _is_slow(task: Task) -> bool:
-    """Of what is rounded by words, one target and gradients of the weights' own type are looked at as a rule."""
+    """Of what is rounded by words one target is read as a rule, and gradients of the weights' own type."""
     parts = task.variant.split("-")
     return draws(task.variant) and (task.target != "sm_90" or parts[2] != parts[3])
 

@@ -62,7 +62,11 @@ def masters() -> Tensor:
     lower = torch.tensor([0, 1, 2, 0x7FFE, 0x7FFF, 0x8000, 0x8001, 0x8002, 0xFFFE, 0xFFFF])
     random = torch.randint(0, 2**16, (6,), generator=generator_of("lower halves"))
     bits = (torch.arange(2**16)[:, None] << 16) + torch.cat([lower, random])[None, :]
-    return bits.to(torch.int32).view(torch.float32).reshape(-1)
+    # All lower halves beside a few upper ones: zeros, subnormals, ordinary numbers, the greatest.
+    upper = torch.tensor([0x0000, 0x0001, 0x007F, 0x0080, 0x3F80, 0x7F7F, 0x8000, 0x80FF, 0xBF81])
+    swept = (upper[:, None] << 16) + torch.arange(2**16)[None, :]
+    every = torch.cat([bits.reshape(-1), swept.reshape(-1)])
+    return every.to(torch.int32).view(torch.float32)
 
 
 def split_by_hand(master: Tensor) -> tuple[Tensor, Tensor]:

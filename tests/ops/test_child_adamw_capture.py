@@ -151,6 +151,37 @@ def test_replays_equal_eager_steps(
     assert_same_bits(replayed.outcome(), eager.outcome())
 
 
+@pytest.mark.parametrize("clip", ["before_mask", "after_mask"])
+def test_replays_clip_and_skip(clip: str, column: str, graph: Graph) -> None:
+    """The norm is taken anew by every replay, and one replay finds a NaN."""
+    options: dict[str, Any] = {"max_grad_norm": 0.5, "skip_nonfinite": True, "clip": clip}
+    eager, replayed = (Run(torch.bfloat16, column, masked=True, **options) for _ in range(2))
+    norms = []
+    for step in range(1 + STEPS):
+        for run in (eager, replayed):
+            run.next_gradients(step)
+            grad = run.parameters["small"].grad
+            assert grad is not None
+            grad[1] = torch.nan if step == 2 else 1 + step
+        eager.optimizer.step()
+        if step == 0:
+            replayed.optimizer.step()
+            continue
+        if step == 1:
+            with graph.capture():
+                replayed.optimizer.step()
+        graph.replay()
+        found, expected = (run.optimizer.last_grad_norm for run in (replayed, eager))
+        assert found is not None
+        assert expected is not None
+        assert_same_bits({"norm": found.cpu()}, {"norm": expected.cpu()})
+        norms.append(float(found))
+        assert bool(replayed.optimizer.step_was_skipped) == (step == 2)
+    assert len(set(map(str, norms))) == STEPS
+    assert_same_bits(replayed.outcome(), eager.outcome())
+    assert int(replayed.optimizer.state[replayed.parameters["small"]]["step"]) == STEPS
+
+
 def test_eager_steps_between_replays(column: str, graph: Graph) -> None:
     """With gradients elsewhere, which the graph must neither take over nor lose its own to."""
     eager, mixed = (Run(torch.float32, column, masked=True) for _ in range(2))
