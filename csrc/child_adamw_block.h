@@ -105,10 +105,8 @@ CHILDTUNE_INLINE VecF32 current_weight(const Half* weight, const float* master) 
   const VecF32 stored = load_as(weight, VecF32());
   if (master == nullptr) return stored;
   const VecF32 exact = load<VecF32>(master);
-  const VecU32 shown = __builtin_convertvector(rounded(exact, Half()), VecU32);
-  const VecU32 found = __builtin_convertvector(load<HalfU16>(weight), VecU32);
-  const VecU32 same = (VecU32)(shown == found);
-  return (VecF32)(((VecU32)exact & same) | ((VecU32)stored & ~same));
+  const VecU32 same = (VecU32)(widened16(rounded(exact, Half())) == widened16(load<HalfU16>(weight)));
+  return (VecF32)select_by_sign(same, (VecU32)exact, (VecU32)stored);
 }
 CHILDTUNE_INLINE VecF32 current_weight(const SplitBFloat16* weight, const uint16_t* remainder) {
   return joined_master(load<HalfU16>(weight), load<HalfU16>(remainder));

@@ -13,7 +13,7 @@ struct StochasticBFloat16 : BFloat16 {};  // rounded by random words
 CHILDTUNE_INLINE VecF32 load_as(const float* source, VecF32) { return load<VecF32>(source); }
 CHILDTUNE_INLINE VecF64 load_as(const double* source, VecF64) { return load<VecF64>(source); }
 CHILDTUNE_INLINE VecF32 load_as(const BFloat16* source, VecF32) {
-  return (VecF32)(__builtin_convertvector(load<HalfU16>(source), VecU32) << 16);
+  return (VecF32)(widened16(load<HalfU16>(source)) << 16);
 }
 CHILDTUNE_INLINE VecF32 load_as(const Float16* source, VecF32) { return half_to_float(load<HalfU16>(source)); }
 // Doubles narrowed to nearest; the others are widened exactly.
@@ -30,29 +30,27 @@ CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, BFloat16) {
   const VecU32 nearest_even = (bits + 0x7FFFu + (bits >> 16 & 1u)) >> 16;
   // Rounding could carry a NaN's payload into the sign; SPEC.md makes every bf16 NaN 0x7FC0.
   const VecU32 is_nan = (VecU32)(value != value);
-  return __builtin_convertvector((nearest_even & ~is_nan) | (is_nan & 0x7FC0u), HalfU16);
+  return narrowed16(select_by_sign(is_nan, VecU32{} + 0x7FC0u, nearest_even));
 }
 // A NaN's bits are those of 0x7FC0.
 CHILDTUNE_INLINE VecU32 canonical_bits(VecF32 value) {
   const VecU32 is_nan = (VecU32)(value != value);
-  return ((VecU32)value & ~is_nan) | (is_nan & 0x7FC00000u);
+  return select_by_sign(is_nan, VecU32{} + 0x7FC00000u, (VecU32)value);
 }
 // Eq. 17: the weight, and the remainder, which is the master's lower half as it is.
-CHILDTUNE_INLINE HalfU16 upper_of_master(VecU32 bits) { return __builtin_convertvector((bits + 0x8000u) >> 16, HalfU16); }
-CHILDTUNE_INLINE HalfU16 lower_of_master(VecU32 bits) { return __builtin_convertvector(bits & 0xFFFFu, HalfU16); }
+CHILDTUNE_INLINE HalfU16 upper_of_master(VecU32 bits) { return narrowed16((bits + 0x8000u) >> 16); }
+CHILDTUNE_INLINE HalfU16 lower_of_master(VecU32 bits) { return narrowed16(bits & 0xFFFFu); }
 CHILDTUNE_INLINE VecF32 joined_master(HalfU16 weight, HalfU16 remainder) {
-  const VecU32 upper = __builtin_convertvector(weight, VecU32) << 16;
-  const VecU32 lower = __builtin_convertvector(remainder, VecU32);
-  const VecU32 bits = upper + ((lower ^ 0x8000u) - 0x8000u);
+  const VecU32 upper = widened16(weight) << 16;
+  const VecU32 bits = upper + (VecU32)widened16_signed(remainder);
   // Another sign than the weight's: a zero that somebody has written since.
-  const VecU32 written = (VecU32)((VecI32)(bits ^ upper) >> 31);
-  return (VecF32)((bits & ~written) | (upper & written));
+  return (VecF32)select_by_sign(bits ^ upper, upper, bits);
 }
 // Eq. 18.
 CHILDTUNE_INLINE HalfU16 rounded_by_words(VecF32 value, const uint32_t* words) {
   const VecU32 is_nan = (VecU32)(value != value);
   const VecU32 drawn = ((VecU32)value + (load<VecU32>(words) & 0xFFFFu)) >> 16;
-  return __builtin_convertvector((drawn & ~is_nan) | (is_nan & 0x7FC0u), HalfU16);
+  return narrowed16(select_by_sign(is_nan, VecU32{} + 0x7FC0u, drawn));
 }
 
 CHILDTUNE_INLINE HalfU16 rounded(VecF32 value, Float16) { return float_to_half(value); }
@@ -83,9 +81,7 @@ CHILDTUNE_INLINE void store_selected(double* target, VecF64 value, uint64_t bits
 }
 #endif
 CHILDTUNE_INLINE void store_selected_halves(void* target, HalfU16 value, uint64_t bits) {
-  const VecU32 stored = __builtin_convertvector(load<HalfU16>(target), VecU32);
-  const VecU32 fresh = __builtin_convertvector(value, VecU32);
-  store(target, __builtin_convertvector(select(bits, fresh, stored), HalfU16));
+  store(target, narrowed16(select(bits, widened16(value), widened16(load<HalfU16>(target)))));
 }
 template <bool kWhole>
 CHILDTUNE_INLINE void store_halves(void* target, HalfU16 value, uint64_t bits) {

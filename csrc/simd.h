@@ -271,3 +271,28 @@ CHILDTUNE_INLINE VecU32 select(uint64_t bits, VecU32 a, VecU32 b) {
 }
 
 #endif
+
+// 16 bits and 32. GCC 12 widens for AVX2 in two halves, and narrows with a mask and a permutation too many.
+#if defined(__x86_64__) && CHILDTUNE_VECTOR_BYTES == 32
+CHILDTUNE_INLINE VecU32 widened16(HalfU16 x) { return (VecU32)_mm256_cvtepu16_epi32((__m128i)x); }
+CHILDTUNE_INLINE VecI32 widened16_signed(HalfU16 x) { return (VecI32)_mm256_cvtepi16_epi32((__m128i)x); }
+// Of values below 2^16.
+CHILDTUNE_INLINE HalfU16 narrowed16(VecU32 x) {
+  const __m256i wide = (__m256i)x;
+  return (HalfU16)_mm_packus_epi32(_mm256_castsi256_si128(wide), _mm256_extracti128_si256(wide, 1));
+}
+// a's lane where the top bit of `sign` is set, else b's.
+CHILDTUNE_INLINE VecU32 select_by_sign(VecU32 sign, VecU32 a, VecU32 b) {
+  return (VecU32)_mm256_blendv_ps((__m256)b, (__m256)a, (__m256)sign);
+}
+#else
+CHILDTUNE_INLINE VecU32 widened16(HalfU16 x) { return __builtin_convertvector(x, VecU32); }
+CHILDTUNE_INLINE VecI32 widened16_signed(HalfU16 x) {
+  return (VecI32)((__builtin_convertvector(x, VecU32) ^ 0x8000u) - 0x8000u);
+}
+CHILDTUNE_INLINE HalfU16 narrowed16(VecU32 x) { return __builtin_convertvector(x, HalfU16); }
+CHILDTUNE_INLINE VecU32 select_by_sign(VecU32 sign, VecU32 a, VecU32 b) {
+  const VecU32 mask = (VecU32)((VecI32)sign >> 31);
+  return (a & mask) | (b & ~mask);
+}
+#endif
