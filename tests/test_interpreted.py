@@ -50,6 +50,15 @@ _PRODUCT = (
     "and not fixed_decaying-torch and not both-original and not both_decaying-torch "
     "and not fp32_gradient_no_master"
 )
+_NORM = ("_gradient_norm_kernel", "_gradient_norm_again_kernel")
+_NORM_CASES = (
+    "(column_equals and (bf16-both-torch or bf16_fp32_gradient-fixed-torch or fp32-both-indices)) "
+    "or (sums_are_those and fp64)"
+)
+_NORM_OTHERS = (
+    "not column_equals and not sums_are_those and not (shards_drop and bfloat16) "
+    "and not (order_of and (float64 or float16 or -4)) and not (whole_units and (float64 or -float16))"
+)
 # The longest first. A run counts from the day its op has a cell in the registry's Triton column.
 RUNS = [
     Run("child_adamw", "test_child_adamw", _STEP[:2], _PRODUCT, "dense"),
@@ -76,13 +85,16 @@ RUNS = [
         ("_pack_mask_kernel", "_unpack_mask_kernel", "_unit_counts_kernel", "_move_masked_kernel"),
     ),
     Run("keep_words", "test_keep_words", ("_keep_words_kernel",)),
+    Run("gradient_norm", "test_gradient_norm", _NORM, _NORM_CASES, "cases"),
+    Run("gradient_norm", "test_gradient_norm", _NORM, _NORM_OTHERS, "others"),
+    Run("gradient_norm", "test_gradient_norm_launches", (*_NORM, *_STEP[:2])),
     Run("fisher_accumulate", "test_fisher_accumulate", ("_fisher_accumulate_kernel",)),
 ]  # fmt: skip
 # Every test of the modules that are cut short above.
 WHOLE = [
     Run("child_adamw", f"test_child_adamw{part}", _STEP, part="all")
     for part in ("", "_contract", "_shards")
-]
+] + [Run("gradient_norm", "test_gradient_norm", _NORM, part="all")]
 ACTIVE = [run for run in RUNS if registry.TABLE[run.op]["triton"] is not None]
 
 pytestmark = pytest.mark.skipif(
