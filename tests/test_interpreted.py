@@ -59,6 +59,15 @@ _SCALED = (
     "every_column and (before_mask-bf16-plain or before_mask-rounded-CT_F or after_mask-fp32-CT_D) "
     "and not dense"
 )
+_NORM = ("_gradient_norm_kernel", "_gradient_norm_again_kernel")
+_NORM_CASES = (
+    "(column_equals and (bf16_fp32_gradient-fixed-torch or fp32-both-indices)) "
+    "or (sums_are_those and fp64)"
+)
+_NORM_OTHERS = (
+    "not column_equals and not sums_are_those and not another_order and not (shards_drop and bfloat16) "
+    "and not (order_of and (float64 or float16 or -4)) and not (whole_units and (float64 or torch.float16))"
+)
 # The longest first. A run counts from the day its op has a cell in the registry's Triton column.
 RUNS = [
     Run("child_adamw", "test_child_adamw", _STEP[:2], _PRODUCT, "dense"),
@@ -91,12 +100,22 @@ RUNS = [
         ("_pack_mask_kernel", "_unpack_mask_kernel", "_unit_counts_kernel", "_move_masked_kernel"),
     ),
     Run("keep_words", "test_keep_words", ("_keep_words_kernel",)),
+    Run("gradient_norm", "test_gradient_norm", _NORM, _NORM_CASES, "cases"),
+    Run("gradient_norm", "test_gradient_norm", _NORM, _NORM_OTHERS, "others"),
+    Run(
+        "gradient_norm", "test_gradient_norm_launches", (*_NORM, *_STEP[:2]),
+        "not -64 and not (replays and (dense-True or child-False))",
+    ),
     Run("fisher_accumulate", "test_fisher_accumulate", ("_fisher_accumulate_kernel",)),
 ]  # fmt: skip
 # Every test of the modules that are cut short above.
 WHOLE = [
     Run("child_adamw", f"test_child_adamw{part}", _STEP, part="all")
     for part in ("", "_contract", "_shards", "_scaling")
+]
+WHOLE += [
+    Run("gradient_norm", f"test_gradient_norm{part}", _NORM, part="all")
+    for part in ("", "_launches")
 ]
 ACTIVE = [run for run in RUNS if registry.TABLE[run.op]["triton"] is not None]
 

@@ -42,15 +42,22 @@ class _Kind(NamedTuple):
         """How many rows' loads are under way together: as many as 64 registers a thread hold."""
         return 1 if self.bernoulli else 8 if self.fixed else 16
 
-    def constants(self, config: launch.Config) -> dict[str, Any]:
+    def constants(self, generation: str) -> dict[str, Any]:
         """The constexpr arguments of the kernel."""
+        config = launch.config("gradient_norm", generation)
         return {
             "GRAD": _TYPES[self.grad],
             "FIXED": self.fixed,
             "BERNOULLI": self.bernoulli,
             "UNITS": config.tile // _UNIT,
             "AT_ONCE": self.rows_at_once,
+            "WIDTH": _any_width(generation),
         }
+
+
+def _any_width(generation: str) -> int:
+    """Columns that are read together where elements lie anywhere; the interpreter pays by operation."""
+    return 128 if generation == "interpreter" else 32
 
 
 class _Level(NamedTuple):
@@ -168,7 +175,7 @@ def _launched(
             chunks.shape[0],
             device,
             (rows, groups, chunks, norm.first_units, words, norm.sums, norm.numbers),
-            kind.constants(config),
+            kind.constants(device_plan.generation),
             config.num_warps,
             launch.HALF_OCCUPANCY,
         )
@@ -204,7 +211,7 @@ def variants(generation: str) -> Iterator[launch.Variant]:
         "both": (True, True),
     }
     for dtype, (mask, flags) in itertools.product(_TYPES, masks.items()):
-        constants = _Kind(dtype, *flags).constants(config)
+        constants = _Kind(dtype, *flags).constants(generation)
         yield launch.Variant(
             f"gradient_norm-{mask}-{dtype}".replace("torch.", ""),
             _gradient_norm_kernel,

@@ -17,7 +17,6 @@ from .child_adamw_dense import child_bits, misaligned
 from .philox import keep_bits, keep_bits_of_blocks, mapped_index
 
 COLUMNS = tl.constexpr(128)
-QUARTER = tl.constexpr(32)
 ROWS = tl.constexpr(32)
 UNIT = tl.constexpr(4096)
 
@@ -91,26 +90,28 @@ def _whole_sums(
 @triton.jit
 def _any_sums(
     grad, start, left, row, words, threshold, step,
-    FIXED: tl.constexpr, BERNOULLI: tl.constexpr, UNITS: tl.constexpr,
+    FIXED: tl.constexpr, BERNOULLI: tl.constexpr, UNITS: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sums of the ``left`` elements from ``start`` on, wherever they lie, of those that count, and of all.
 
-    A quarter of the columns at a time, one a thread: the fold's first two steps are done between quarters.
-    What lies past the end need not be added: it is +0, and sums are never -0.
+    WIDTH columns at a time; with a quarter of them a thread has one element, and the fold's first two steps
+    are done between quarters. What lies past the end need not be added: it is +0, and sums are never -0.
     """
     contiguous = tl.load(row + plan.STORAGE_CONTIGUOUS)
     whole = tl.load(row + plan.ELEMENT_CONTIGUOUS)
-    lane = tl.arange(0, UNITS)[:, None] * UNIT + tl.arange(0, QUARTER)[None, :]
+    lane = tl.arange(0, UNITS)[:, None] * UNIT + tl.arange(0, WIDTH)[None, :]
+    # What the fold adds first.
+    APART: tl.constexpr = WIDTH if WIDTH > COLUMNS // 2 else COLUMNS // 2
     end = tl.minimum(left, UNIT)
-    counting = tl.zeros((UNITS, QUARTER), tl.float64)
-    every = tl.zeros((UNITS, QUARTER), tl.float64)
-    for first in range(0, 2 * QUARTER, QUARTER):
-        two_counting = tl.zeros((UNITS, QUARTER), tl.float64)
-        two_every = tl.zeros((UNITS, QUARTER), tl.float64)
-        for quarter in range(first, COLUMNS, 2 * QUARTER):
-            one_counting = tl.zeros((UNITS, QUARTER), tl.float64)
-            one_every = tl.zeros((UNITS, QUARTER), tl.float64)
-            for at in range(quarter, end, COLUMNS):
+    counting = tl.zeros((UNITS, WIDTH), tl.float64)
+    every = tl.zeros((UNITS, WIDTH), tl.float64)
+    for first in range(0, APART, WIDTH):
+        two_counting = tl.zeros((UNITS, WIDTH), tl.float64)
+        two_every = tl.zeros((UNITS, WIDTH), tl.float64)
+        for column in range(first, COLUMNS, APART):
+            one_counting = tl.zeros((UNITS, WIDTH), tl.float64)
+            one_every = tl.zeros((UNITS, WIDTH), tl.float64)
+            for at in range(column, end, COLUMNS):
                 exists = at + lane < left
                 local = start + tl.where(exists, at + lane, 0)
                 place = local
@@ -131,14 +132,14 @@ def _any_sums(
             two_counting += one_counting
         every += two_every
         counting += two_counting
-    return folded(counting, UNITS, QUARTER), folded(every, UNITS, QUARTER)
+    return folded(counting, UNITS, WIDTH), folded(every, UNITS, WIDTH)
 
 
 @triton.jit
 def _gradient_norm_kernel(
     rows, groups, chunks, first_units, all_words, sums, numbers,
     GRAD: tl.constexpr, FIXED: tl.constexpr, BERNOULLI: tl.constexpr,
-    UNITS: tl.constexpr, AT_ONCE: tl.constexpr,
+    UNITS: tl.constexpr, AT_ONCE: tl.constexpr, WIDTH: tl.constexpr,
 ):  # fmt: skip
     """Sums of a few units; the chunk names their row, and which of its units they are.
 
@@ -171,7 +172,7 @@ def _gradient_norm_kernel(
         )
     else:
         counting, every = _any_sums(
-            grad, start, left, row, words, threshold, step, FIXED, BERNOULLI, UNITS
+            grad, start, left, row, words, threshold, step, FIXED, BERNOULLI, UNITS, WIDTH
         )
     r = 1.0 / tl.load(group + plan.RESERVE_P)
     after_mask = tl.load(numbers + 1) == 2
