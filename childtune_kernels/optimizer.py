@@ -271,7 +271,7 @@ class FusedChildAdamW(Optimizer):
     def step_was_skipped(self) -> Tensor:
         """Whether the last step changed nothing, for ``found_inf`` of a GradScaler or ``skip_nonfinite``.
 
-        A bool tensor of no dimension on the gradients' device, which nothing has waited for.
+        A bool tensor of no dimension, which nothing has waited for; on the CPU where a step could not be skipped.
         """
         return self._planner.skipped
 
