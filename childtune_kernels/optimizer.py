@@ -219,11 +219,16 @@ class FusedChildAdamW(Optimizer):
     # A compiled training step breaks its graph here: a plan reads addresses, which a trace has not.
     @torch._disable_dynamo
     def _update(self) -> None:
-        if self._gradient_release is not None:
-            self._gradient_release.step()
-            return
         scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        self._planner.step(self.param_groups, self.state, *scaling)
+        try:
+            if self._gradient_release is not None:
+                self._gradient_release.step()
+            else:
+                self._planner.step(self.param_groups, self.state, *scaling)
+        except BaseException:
+            # A GradScaler takes them back only after success: left here they would scale the next step too.
+            vars(self).pop("grad_scale", None), vars(self).pop("found_inf", None)
+            raise
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -266,7 +271,7 @@ class FusedChildAdamW(Optimizer):
     def step_was_skipped(self) -> Tensor:
         """Whether the last step changed nothing, for ``found_inf`` of a GradScaler or ``skip_nonfinite``.
 
-        A bool tensor of no dimension on the gradients' device, which nothing has waited for.
+        A bool tensor of no dimension, which nothing has waited for; on the CPU where a step could not be skipped.
         """
         return self._planner.skipped
 
@@ -377,13 +382,8 @@ class FusedChildAdamW(Optimizer):
 
     def summary(self) -> str:
         """A table with a row a parameter: label, shape, p, child density, decay, backend, state bytes."""
-        backends = {
-            parameter.device: registry.choose(
-                "child_adamw", parameter.device, self._backend
-            ).backend
-            for group in self.param_groups
-            for parameter in group["params"]
-        }
+        devices = {each.device for group in self.param_groups for each in group["params"]}
+        backends = {d: registry.choose("child_adamw", d, self._backend).backend for d in devices}
         return summary_table(self.param_groups, self.state, backends)
 
     def __getstate__(self) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def with_masters_of(
         if compact:
             assert words is not None
             weights = child_layout.gather_child(weights, words)
-        changed[key("master_weight", compact)] = ops.joined_master(weights, masters)
+        changed[key("master_weight", compact)] = _fp32_master_of(weights, masters)
     return changed
 
 
@@ -86,6 +86,17 @@ def _remainder_of(master: Tensor) -> Tensor:
     weight, remainder = ops.split_master(master)
     tied = (weight != master.to(torch.bfloat16)) & ~master.isnan()
     return torch.where(tied, torch.full_like(remainder, 2**15 - 1), remainder)
+
+
+def _fp32_master_of(weight: Tensor, remainder: Tensor) -> Tensor:
+    """The fp32 masters of weights and remainders (eq. 17), such that eq. 12 rounds them to these weights.
+
+    Ties that it rounds to the other side would count as written by somebody, half a place of bf16 away: they
+    come one fp32 place nearer to their weight.
+    """
+    master = ops.joined_master(weight, remainder)
+    tied = (master.to(weight.dtype) != weight) & ~master.isnan()
+    return torch.where(tied, ops.joined_master(weight, remainder + 1), master)
 
 
 def full_precision(parameter: Tensor, state: State) -> Tensor:

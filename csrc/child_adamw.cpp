@@ -1,5 +1,5 @@
-// Op child_adamw: the launch, and the factor that all elements of a step share (SPEC.md, eq. 20). One call serves every row; the work is cut into units and shared by torch's
-// own threads.
+// Op child_adamw: the launch, and the factor that all elements of a step share (SPEC.md, eq. 20). One call serves
+// every row; the work is cut into units and shared by torch's own threads.
 #include <cmath>
 
 #include "launch.h"

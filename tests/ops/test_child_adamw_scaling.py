@@ -331,6 +331,25 @@ def test_a_grad_scaler_may_unscale_first(backend: str) -> None:
     assert torch.allclose(exp_avg, expected, rtol=1e-5)
 
 
+def test_an_error_leaves_no_scale_behind(backend: str) -> None:
+    """torch takes scale and verdict back only after a step that succeeds; the next one is another's."""
+    parameters, optimizer = made(backend, torch.float32)
+    twins, twin_optimizer = made(backend, torch.float32)
+    scaler = torch.amp.GradScaler(parameters["layer.bias"].device.type, init_scale=2.0**10)
+    for one, scale in ((parameters, scaler), (twins, None)):
+        loss = torch.stack([parameter.square().sum() for parameter in one.values()]).sum()
+        (loss if scale is None else scale.scale(loss)).backward()
+    optimizer.param_groups[0]["lr"] = -1.0
+    with pytest.raises(ValueError, match="lr"):
+        scaler.step(optimizer)
+    assert not hasattr(optimizer, "grad_scale")
+    assert not hasattr(optimizer, "found_inf")
+    optimizer.param_groups[0]["lr"] = 1e-2
+    scaler.step(optimizer)
+    twin_optimizer.step()
+    assert_same_bits(outcome_of(parameters, optimizer), outcome_of(twins, twin_optimizer))
+
+
 # Options and errors.
 
 BAD = [
