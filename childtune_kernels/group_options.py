@@ -94,6 +94,11 @@ def check_optimizers_own(group: Mapping[str, Any], own: Mapping[str, Any], where
             )
 
 
+def shared_options(groups: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """What is of all groups together, as it stands now, for a group that is added to them."""
+    return {name: group[name] for group in groups[:1] for name in SHARED}
+
+
 def check_shared(groups: Sequence[Mapping[str, Any]]) -> None:
     """Refuse groups that differ in what is of all of them together.
 

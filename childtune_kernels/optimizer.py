@@ -28,6 +28,7 @@ from .group_options import (
     check_shared,
     check_spelling,
     group_numbers,
+    shared_options,
 )
 from .step_planner import StepPlanner
 from .summary import summary_table
@@ -158,7 +159,7 @@ class FusedChildAdamW(Optimizer):
         where = f"group {len(self.param_groups)}"
         own = {"seed": self.defaults["seed"], "backend": self._backend}
         check_optimizers_own(param_group, own, where)
-        group = {**self.defaults, **param_group}
+        group = {**self.defaults, **shared_options(self.param_groups), **param_group}
         group.pop("backend", None)
         mask = group.pop("child_mask", self._default_mask)
         known = [*parameters.by_label(self.param_groups)]
@@ -175,8 +176,7 @@ class FusedChildAdamW(Optimizer):
             for label, tensor in zip(labels, tensors, strict=True)
         ]
         super().add_param_group(group)
-        for parameter, state in zip(tensors, states, strict=True):
-            self.state[parameter] = state
+        self.state.update(zip(tensors, states, strict=True))
         self._plan_anew()
 
     def _plan_anew(self) -> None:
@@ -227,7 +227,8 @@ class FusedChildAdamW(Optimizer):
                 self._planner.step(self.param_groups, self.state, *scaling)
         except BaseException:
             # A GradScaler takes them back only after success: left here they would scale the next step too.
-            vars(self).pop("grad_scale", None), vars(self).pop("found_inf", None)
+            for name in ("grad_scale", "found_inf"):
+                vars(self).pop(name, None)
             raise
 
     @torch._disable_dynamo
@@ -271,7 +272,7 @@ class FusedChildAdamW(Optimizer):
     def step_was_skipped(self) -> Tensor:
         """Whether the last step changed nothing, for ``found_inf`` of a GradScaler or ``skip_nonfinite``.
 
-        A bool tensor of no dimension, which nothing has waited for; on the CPU where a step could not be skipped.
+        A bool tensor of no dimension, which nothing has waited for; on the CPU where no step can be skipped.
         """
         return self._planner.skipped
 
@@ -345,8 +346,7 @@ class FusedChildAdamW(Optimizer):
         if any(int(self.state[parameter].get("step", 0)) > 0 for parameter, _ in states):
             for group in self.param_groups:
                 group[WROTE_OUTSIDE] = True
-        for parameter, state in states:
-            self.state[parameter] = state
+        self.state.update(states)
         self._plan_anew()
 
     def to_adamw_state_dict(self, groups: adamw_export.Groups | None = None) -> dict[str, Any]:
@@ -391,8 +391,7 @@ class FusedChildAdamW(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__.setdefault("_backend", None)
-        self.__dict__.setdefault("_gradient_release", None)
+        self.__dict__ = {"_backend": None, "_gradient_release": None, **self.__dict__}
         self._default_mask = None
         captures = self.__dict__.get("_planner", StepPlanner(None)).captures
         self._planner = StepPlanner(self._backend)

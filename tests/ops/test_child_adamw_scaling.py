@@ -389,6 +389,22 @@ def test_what_is_of_all_groups_cannot_differ_by_group(options: dict[str, Any]) -
     assert [int(optimizer.state[weight]["step"]) for weight in weights] == [2, 2]
 
 
+def test_a_group_that_is_added_takes_what_is_of_all_groups() -> None:
+    """As it stands by then: set by hand, or brought by a state dict."""
+    _, saved = made("reference", torch.float32, max_grad_norm=2.0, clip="after_mask")
+    _, optimizer = made("reference", torch.float32)
+    optimizer.load_state_dict(saved.state_dict())
+    for group in optimizer.param_groups:
+        group["skip_nonfinite"] = True
+    optimizer.add_param_group({"params": [("late", torch.nn.Parameter(torch.ones(3)))]})
+    added = optimizer.param_groups[-1]
+    assert (added["max_grad_norm"], added["clip"], added["skip_nonfinite"]) == (
+        2.0,
+        "after_mask",
+        True,
+    )
+
+
 def test_a_step_without_norm_has_none() -> None:
     parameters, optimizer = made("reference", torch.float32)
     assert optimizer.last_grad_norm is None
