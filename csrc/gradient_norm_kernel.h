@@ -178,7 +178,7 @@ void gradient_norm_row(const PlanRow& row, const PlanGroup& group, const uint32_
   if (mask.bernoulli && after_mask != nullptr) {
     mask.threshold = uint32_t(group.threshold);
     const uint64_t step = uint64_t(*reinterpret_cast<const int64_t*>(row.step)) + 1;
-    mask.stream = philox_stream(uint64_t(row.philox_key), step, 0);
+    mask.stream = philox_stream(uint64_t(row.philox_key), step, kPurposeKeep);
   }
   const NormMask* const used = after_mask != nullptr && (mask.bernoulli || words != nullptr) ? &mask : nullptr;
   const double r = 1.0 / group.reserve_p, factor = r * r;
