@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from benchmarks.gpu import cases, contests, proof, steps, traffic, variants, verdicts
+from benchmarks import traffic
+from benchmarks.gpu import cases, contests, proof, steps, variants, verdicts
 from benchmarks.gpu.ledger import Ledger
 from benchmarks.gpu.setting import Setting
 from benchmarks.variants import CT_D_RUNS, CT_D_SPARSEST, PLAIN, TORCH_FUSED, random_child_mask
