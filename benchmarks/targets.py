@@ -146,7 +146,7 @@ def lines(found: Iterable[dict[str, Any]]) -> Iterator[str]:
         value = "-" if item["value"] is None else figure(item["measure"], item["value"])
         name = title(item["measure"])
         yield (
-            f"{item['case']:<21}{item['variant']:<25}{name:<22}{value:>10}   {bound:<12}"
+            f"{item['case']:<23}{item['variant']:<25}{name:<22}{value:>10}   {bound:<12}"
             f"{item['verdict']}"
         )
 
