@@ -95,7 +95,8 @@ class Case:
 
     ``tensors`` and ``parameters`` are the counts that ``shapes`` must give. ``rounds`` is how often each
     variant steps. ``limit`` is what a good step is limited by. ``grouped``: variants with a group a
-    tensor are measured beside those with one group. ``option``: measured only with this option.
+    tensor are measured beside those with one group. ``bf16``: variants with bf16 weights are measured beside
+    those of fp32. ``option``: measured only with this option.
     """
 
     name: str
@@ -106,6 +107,7 @@ class Case:
     rounds: int
     limit: Literal["bytes", "tensors"]
     grouped: bool = False
+    bf16: bool = False
     option: str | None = None
 
     def shapes(self) -> Shapes:
@@ -129,6 +131,7 @@ LARGE_TENSOR = Case(
     parameters=33_554_432,
     rounds=51,
     limit="bytes",
+    bf16=True,
 )
 # Tensors of 2²⁵ fp32 elements, allocated one after another, lie 2²⁷ + 2¹² bytes apart. At that distance
 # weight, gradient and moments push each other out of Zen's first-level cache (docs/performance.md), and
@@ -141,6 +144,7 @@ LARGE_TENSOR_APART = Case(
     parameters=33_570_816,
     rounds=51,
     limit="bytes",
+    bf16=True,
 )
 BERT_BASE = Case(
     name="bert_base",

@@ -41,7 +41,8 @@ class Measurements:
     def of(self, case: Case | Contest, with_times: bool) -> dict[str, measure.Measured]:
         """What was found for a case or contest, which is measured on its first mention."""
         if case.name not in self.found:
-            self._leave_without_kernel("child_adamw" if isinstance(case, Case) else case.op)
+            for op in ("child_adamw",) if isinstance(case, Case) else case.ops:
+                self._leave_without_kernel(op)
             self._say("")  # ends the line of dots
             self.found[case.name] = self._measured(case, with_times)
         return self.found[case.name]
@@ -170,13 +171,13 @@ def pytest_terminal_summary(
 
 def _step_lines(records: Sequence[dict[str, Any]]) -> Iterator[str]:
     yield (
-        f"{'case':<15}{'variant':<19}{'rounds':>6}{'ms':>11}{'ns/param':>10}{'GB/s':>8}"
+        f"{'case':<20}{'variant':<33}{'rounds':>6}{'ms':>11}{'ns/param':>10}{'GB/s':>8}"
         f"{'of copy':>9}{'to fused':>10}{'extra MiB':>11}"
     )
     for record in records:
         to_fused = record.get("ratio_to_fused")
         yield (
-            f"{record['case']:<15}{record['variant']:<19}{record['rounds']:>6}"
+            f"{record['case']:<20}{record['variant']:<33}{record['rounds']:>6}"
             f"{record['seconds'] * 1e3:>11.3f}{record['ns_per_parameter']:>10.3f}"
             f"{record['effective_bytes_per_second'] / 1e9:>8.1f}{record['share_of_copy']:>9.0%}"
             f"{'-' if to_fused is None else format(to_fused, '.3f'):>10}"

@@ -5,15 +5,16 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from .cases import BYTES_PER_PARAMETER, DTYPE, LARGE_TENSOR, Case, Workload
+from .cases import BYTES_PER_PARAMETER, DTYPE, LARGE_TENSOR, Case
 from .correctness import fault_of
 from .peak_memory import Peaks, peaks_of
 from .rounds import Contender, Seconds, interleave, quartiles, ratio
-from .variants import GROUPED_SUFFIX, TORCH_FUSED, UNFUSED, Variant, variants_of
+from .traffic import bytes_per_parameter, state_bytes
+from .variants import GROUPED_SUFFIX, TORCH_FUSED, UNFUSED, Variant, variants_of, workloads_of
 
 Say = Callable[[str], None]
 
@@ -27,6 +28,21 @@ class Measured:
     fault: str | None
     seconds: tuple[float, ...] = ()
     record: dict[str, Any] | None = None
+
+
+class Sizes(NamedTuple):
+    """Bytes a parameter: what a step is counted to move, and what the state takes."""
+
+    moved: float
+    state: float
+
+    @classmethod
+    def of(cls, variant: Variant, optimizer: torch.optim.Optimizer, case: Case) -> Sizes:
+        """Those of a variant. An fp32 step counts for a dense one, whatever a child leaves out of it."""
+        moved: float = BYTES_PER_PARAMETER
+        if variant.dtype != DTYPE:
+            moved = bytes_per_parameter(variant, optimizer, case.parameters)
+        return cls(moved, state_bytes(optimizer) / case.parameters)
 
 
 def check(case: Case, device: torch.device, say: Say) -> dict[str, Measured]:
@@ -50,33 +66,33 @@ def measure(case: Case, device: torch.device, rounds: int | None, say: Say) -> d
     found = check(case, device, say)
     right = [variant for variant in variants_of(case) if found[variant.name].fault is None]
     if right:
-        seconds, state_bytes = time_steps(case, right, device, rounds or case.rounds, say)
+        seconds, sizes = time_steps(case, right, device, rounds or case.rounds, say)
         say(f"{case.name}: memory of a step, in a process of its own")
         peaks = peaks_of(case, device)
         for variant in right:
-            times = tuple(seconds[variant.name].values())
-            record = record_of(case, variant, seconds, peaks[variant.name], device)
-            record["state_bytes_per_parameter"] = state_bytes[variant.name] / case.parameters
-            found[variant.name] = Measured(None, times, record)
+            name = variant.name
+            record = record_of(case, variant, seconds, peaks[name], sizes[name], device)
+            found[name] = Measured(None, tuple(seconds[name].values()), record)
     say(f"{case.name}: done in {time.monotonic() - start:.0f} s")
     return found
 
 
 def time_steps(
     case: Case, variants: list[Variant], device: torch.device, rounds: int, say: Say
-) -> tuple[dict[str, Seconds], dict[str, int]]:
-    """Seconds of every variant and of a copy, interleaved, and the bytes of each variant's state."""
+) -> tuple[dict[str, Seconds], dict[str, Sizes]]:
+    """Seconds of every variant and of a copy, interleaved, and the bytes of each variant."""
     say(f"{case.name}: preparing {case.parameters:,} parameters")
-    workload = Workload(case.shapes(), device)
+    workloads = workloads_of(case, device)
     contenders = {_COPY: Contender(copy_of(case, device))}
-    state_bytes = {}
+    sizes = {}
     for variant in variants:
+        workload = workloads[variant.dtype]
         optimizer = variant.build(workload.named)
         workload.share_moments(optimizer)
-        state_bytes[variant.name] = _state_bytes(optimizer)
+        sizes[variant.name] = Sizes.of(variant, optimizer, case)
         contenders[variant.name] = Contender(optimizer.step, variant.slow)
     say(f"{case.name}: timing {rounds} rounds")
-    return interleave(contenders, rounds, device, progress_of(case.name, rounds, say)), state_bytes
+    return interleave(contenders, rounds, device, progress_of(case.name, rounds, say)), sizes
 
 
 def progress_of(name: str, rounds: int, say: Say) -> Callable[[int], None]:
@@ -91,16 +107,6 @@ def progress_of(name: str, rounds: int, say: Say) -> Callable[[int], None]:
             say(f"{name}: round {done} of {rounds} after {now - begun:.0f} s")
 
     return show_progress
-
-
-def _state_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of all tensors in an optimizer's state, counted alike for every optimizer."""
-    return sum(
-        value.nbytes
-        for state in optimizer.state.values()
-        for value in state.values()
-        if isinstance(value, torch.Tensor)
-    )
 
 
 def copy_of(case: Case, device: torch.device) -> Callable[[], object]:
@@ -119,20 +125,21 @@ def record_of(
     variant: Variant,
     seconds: dict[str, Seconds],
     peaks: Peaks,
+    sizes: Sizes,
     device: torch.device,
 ) -> dict[str, Any]:
     """All that is known of a variant, as it stands in the results."""
     own, copy = seconds[variant.name], seconds[_COPY]
     first, median, third = quartiles(list(own.values()))
     _, copy_median, _ = quartiles(list(copy.values()))
-    step_bytes = BYTES_PER_PARAMETER * case.parameters
+    step_bytes = sizes.moved * case.parameters
     copy_bytes = 2 * DTYPE.itemsize * _copied_elements(case)
     _, time_over_copy, _ = ratio(own, copy)
     record: dict[str, Any] = {
         "case": case.name,
         "variant": variant.name,
         "device": device.type,
-        "dtype": str(DTYPE).removeprefix("torch."),
+        "dtype": str(variant.dtype).removeprefix("torch."),
         "parameters": case.parameters,
         "tensors": case.tensors,
         "rounds": len(own),
@@ -143,6 +150,8 @@ def record_of(
         "effective_bytes_per_second": step_bytes / median,
         "copy_bytes_per_second": copy_bytes / copy_median,
         "share_of_copy": step_bytes / copy_bytes / time_over_copy,
+        "bytes_per_parameter": sizes.moved,
+        "state_bytes_per_parameter": sizes.state,
     }
     comparisons = [
         ("ratio_to_fused", TORCH_FUSED.name, False),

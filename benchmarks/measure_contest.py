@@ -113,9 +113,17 @@ def _comparisons_of(
     by_name = {each.name: each for each in contest.competitors}
     found: Record = {}
     for comparison in contest.comparisons:
-        if comparison.base not in seconds:
+        added = [name for name in comparison.plus if name in seconds]
+        if comparison.base not in seconds or (comparison.plus and not added):
             continue
         own, base = seconds[competitor.name], seconds[comparison.base]
+        if added:
+            fastest = min(added, key=lambda name: quartiles([*seconds[name].values()])[1])
+            base = {
+                index: base[index] + seconds[fastest][index]
+                for index in base.keys() & seconds[fastest].keys()
+            }
+            found[f"{comparison.measure}_plus"] = fastest
         of_bytes = 1.0
         base_bytes = by_name[comparison.base].bytes_per_element
         if comparison.inverted:

@@ -22,10 +22,10 @@ from torch import Tensor
 
 from childtune_kernels import ChildMask
 
-from .cases import CASES, Case, Workload
+from .cases import CASES, Case
 from .contests import CONTESTS, Contest
 from .environment import ROOT, synchronize
-from .variants import variants_of
+from .variants import variants_of, workloads_of
 
 Peaks = dict[str, int]
 
@@ -53,9 +53,10 @@ def peaks_of(case: Case | Contest, device: torch.device) -> dict[str, Peaks]:
 
 def measure(case: Case, device: torch.device) -> dict[str, Peaks]:
     """Variant → its peaks in bytes, measured in this process."""
-    workload = Workload(case.shapes(), device)
+    workloads = workloads_of(case, device)
     peaks = {}
     for variant in variants_of(case):
+        workload = workloads[variant.dtype]
         optimizer = variant.build(workload.named)
         workload.share_moments(optimizer)
         peaks[variant.name] = _peaks(optimizer.step, 1 if variant.slow else 3, device)

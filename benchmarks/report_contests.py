@@ -15,6 +15,7 @@ Records = dict[str, Record]
 _TITLES = {
     "selection": "Selection of a child",
     "fisher": "Fisher accumulation",
+    "clipping": "Clipping and scaling within the step",
     "checkpoint": "Child checkpoints",
     "layouts": "Layouts of compact state",
 }
@@ -29,6 +30,11 @@ _NOTES = {
         "Both read two tensors and write one: 12 bytes an element, with bf16 gradients 10. `torch.add` is "
         "called tensor by tensor, as it has no form for several tensors that writes into given ones. "
         "Rates are bytes a second."
+    ),
+    "clipping": (
+        "Steps of CT_F at p = 0.3: as it is, with `max_grad_norm`, and with what a `GradScaler` hands over. "
+        "*Read* is the faster one, by its median, of the two reads of all gradients. torch's way reads the "
+        "gradients, reads and writes them to clip, and then steps without a mask."
     ),
     "checkpoint": "Bytes of the file over bytes of the weights in scope: the encoder's.",
     "layouts": (

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .cases import BERT_BASE, BERT_LARGE, LARGE_TENSOR, LARGE_TENSOR_APART, SMALL_TENSORS
-from .contests import checkpoint, fisher, selection
+from .contests import checkpoint, clipping, fisher, selection
 from .rounds import MINIMAL_ROUNDS
 from .variants import (
     CT_D,
@@ -16,6 +16,7 @@ from .variants import (
     CT_D_SPARSEST,
     CT_D_VARIANTS,
     CT_F,
+    CT_F_SPLIT,
     PLAIN,
     Variant,
 )
@@ -60,6 +61,14 @@ def _grouped(variant: Variant) -> str:
     return variant.with_group_each().name
 
 
+def clipping_targets(contest: str) -> tuple[Target, Target]:
+    """What clipping and a loss scale may cost, wherever it is measured."""
+    return (
+        Target(contest, clipping.CLIPPED.name, clipping.TO_STEP_AND_READ.measure, 1.10),
+        Target(contest, clipping.SCALED.name, clipping.TO_STEP.measure, 1.02),
+    )
+
+
 _LARGE, _BASE = LARGE_TENSOR.name, BERT_BASE.name
 _SMALL = SMALL_TENSORS.name
 _SELECTION = selection.BERT_LARGE.name
@@ -68,6 +77,10 @@ CPU_TARGETS = (
     Target(_LARGE, CT_F.name, "ratio_to_fused", 1.10),
     Target(LARGE_TENSOR_APART.name, CT_F.name, "ratio_to_fused", 1.10),
     Target(_BASE, CT_F.name, "ratio_to_fused", 1.10),
+    *(
+        Target(case.name, CT_F_SPLIT.name, "ratio_to_fused", 1.25)
+        for case in (LARGE_TENSOR, LARGE_TENSOR_APART)
+    ),
     Target(_LARGE, CT_F.name, "speedup_over_unfused", 25, at_least=True),
     Target(_BASE, CT_F.name, "speedup_over_unfused", 25, at_least=True),
     *(
@@ -108,6 +121,7 @@ CPU_TARGETS = (
         Target(contest.name, fisher.OURS.name, "rate_to_add", 0.8, at_least=True)
         for contest in fisher.CONTESTS
     ),
+    *(target for contest in clipping.CONTESTS for target in clipping_targets(contest.name)),
     Target(checkpoint.BASE.name, checkpoint.TENTH.name, "share_of_weights", 0.17),
 )
 TARGETS: dict[str, tuple[Target, ...]] = {"cpu": CPU_TARGETS}
@@ -132,7 +146,7 @@ def lines(found: Iterable[dict[str, Any]]) -> Iterator[str]:
         value = "-" if item["value"] is None else figure(item["measure"], item["value"])
         name = title(item["measure"])
         yield (
-            f"{item['case']:<21}{item['variant']:<19}{name:<22}{value:>10}   {bound:<12}"
+            f"{item['case']:<23}{item['variant']:<25}{name:<22}{value:>10}   {bound:<12}"
             f"{item['verdict']}"
         )
 
@@ -165,6 +179,8 @@ _TITLES = {
     "speedup_over_percentile": "percentile / time",
     "rate_to_add": "rate / torch.add",
     "share_of_weights": "file / weights",
+    "ratio_to_step_and_read": "time / (step + read)",
+    "ratio_to_step": "time / step",
 }
 MEASURES = tuple(_TITLES)
 

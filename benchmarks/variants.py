@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,7 +12,7 @@ from torch.optim import AdamW, Optimizer
 
 from childtune_kernels import ChildMask, FusedChildAdamW
 
-from .cases import Case
+from .cases import Case, Workload
 from .unfused import UnfusedChildTuning, direct_mask, distribution_mask
 
 NamedParameters = Sequence[tuple[str, Tensor]]
@@ -23,7 +23,7 @@ OPTIONS: dict[str, Any] = {
     "eps": 1e-8,
     "weight_decay": 1e-2,
 }
-GROUPED_SUFFIX = "_groups"
+GROUPED_SUFFIX, BF16_SUFFIX = "_groups", "_bf16"
 
 
 @dataclass(frozen=True)
@@ -76,6 +76,38 @@ class Variant:
             title=f"{self.title}, a group a tensor",
             grouped=True,
         )
+
+
+class Format(NamedTuple):
+    """How bf16 weights and their moments are kept; ``name`` is a part of a variant's."""
+
+    name: str
+    title: str
+    options: tuple[tuple[str, Any], ...] = ()
+
+
+_BF16_MOMENTS = ("state_dtype", torch.bfloat16)
+ALONE = Format("", "without masters", (("master_weight", "none"),))
+FP32_MASTERS = Format("master", "fp32 masters", (("master_weight", "fp32"),))
+SPLIT = Format("split", "split masters", (("master_weight", "split"),))
+STOCHASTIC = Format("stochastic", "stochastic rounding", (("master_weight", "stochastic"),))
+SPLIT_MOMENTS = Format(
+    "split_moments", "split masters, bf16 moments", (*SPLIT.options, _BF16_MOMENTS)
+)
+STOCHASTIC_MOMENTS = Format(
+    "stochastic_moments", "stochastic rounding, bf16 moments", (*STOCHASTIC.options, _BF16_MOMENTS)
+)
+
+
+def in_bf16(variant: Variant, kept: Format) -> Variant:
+    """The same with bf16 weights and gradients."""
+    return replace(
+        variant,
+        name="_".join(filter(None, (variant.name, kept.name))) + BF16_SUFFIX,
+        title=f"{variant.title}, bf16, {kept.title}",
+        options=(*variant.options, *kept.options),
+        dtype=torch.bfloat16,
+    )
 
 
 def random_child_mask(named: NamedParameters, density: float, run: int = 1) -> ChildMask:
@@ -134,7 +166,24 @@ VARIANTS = (
 )
 GROUPED_VARIANTS = tuple(variant.with_group_each() for variant in (TORCH_FUSED, PLAIN, CT_F))
 
+PLAIN_SPLIT, CT_F_SPLIT = in_bf16(PLAIN, SPLIT), in_bf16(CT_F, SPLIT)
+BF16_VARIANTS = (
+    PLAIN_SPLIT,
+    CT_F_SPLIT,
+    *(
+        in_bf16(variant, kept)
+        for kept in (STOCHASTIC, SPLIT_MOMENTS, STOCHASTIC_MOMENTS)
+        for variant in (PLAIN, CT_F)
+    ),
+)
+
 
 def variants_of(case: Case) -> tuple[Variant, ...]:
     """The variants that are measured on a case."""
-    return VARIANTS + GROUPED_VARIANTS if case.grouped else VARIANTS
+    return VARIANTS + GROUPED_VARIANTS * case.grouped + BF16_VARIANTS * case.bf16
+
+
+def workloads_of(case: Case, device: torch.device) -> dict[torch.dtype, Workload]:
+    """The tensors that the variants of a case step, by dtype."""
+    dtypes = dict.fromkeys(variant.dtype for variant in variants_of(case))
+    return {dtype: Workload(case.shapes(), device, dtype=dtype) for dtype in dtypes}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
@@ -15,11 +16,25 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
-from benchmarks.gpu import cases, contests, proof, steps, traffic, variants, verdicts
+from benchmarks import traffic
+from benchmarks.gpu import cases, contests, proof, steps, variants, verdicts
 from benchmarks.gpu.ledger import Ledger
 from benchmarks.gpu.setting import Setting
-from benchmarks.variants import CT_D_RUNS, CT_D_SPARSEST, PLAIN, TORCH_FUSED, random_child_mask
-from childtune_kernels import FusedChildAdamW
+from benchmarks.gpu.waits import find_waits
+from benchmarks.variants import (
+    CT_D_RUNS,
+    CT_D_SPARSEST,
+    CT_F,
+    PLAIN,
+    SPLIT,
+    SPLIT_MOMENTS,
+    STOCHASTIC,
+    STOCHASTIC_MOMENTS,
+    TORCH_FUSED,
+    in_bf16,
+    random_child_mask,
+)
+from childtune_kernels import FusedChildAdamW, step_factor
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -110,6 +125,7 @@ def test_the_whole_command_in_little(runs: dict[str, Run]) -> None:
     assert result["finished"]
     assert result["proof"]["by"] == "pytest"
     assert [module["outcome"] for module in result["proof"]["modules"]] == ["passed"]
+    assert [each["waits"] for each in result["proof"]["waits"]] == [False, False]
     assert result["served_by"]["child_adamw"] == "triton"
     for name, case in CASES.items():
         expected = {variant.name for variant in variants.variants_of(case, True)}
@@ -218,6 +234,52 @@ def test_modules_say_which_ops_they_are_about() -> None:
     assert proof.ops_of(ROOT / "tests" / "ops" / "test_child_adamw_shards.py") == ("child_adamw",)
     assert "topk_select" in proof.ops_of(ROOT / "tests" / "test_selection.py")
     assert proof.ops_of(ROOT / "tests" / "test_house.py") == ()
+    scaling = ROOT / "tests" / "ops" / "test_child_adamw_scaling.py"
+    assert proof.ops_of(scaling) == ("child_adamw", "gradient_norm")
+    assert proof.ops_of(ROOT / "tests" / "ops" / "test_gradient_norm.py") == ("gradient_norm",)
+
+
+def test_a_contest_takes_all_of_its_ops(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "run.json", HEAD)
+    setting = Setting(CPU, tiny=True, deadline=time.monotonic() + 60)
+    contest = CONTESTS["clipping_bert_large"]
+    for op in ("gradient_norm", "child_adamw"):
+        contests.measure_contest(contest, setting, ledger, {op: f"{op} is wrong"}, None)
+        faults = ledger.result["faults"]
+        assert {fault["variant"] for fault in faults} == {
+            competitor.name for competitor in contest.competitors
+        }
+        assert {fault["reason"] for fault in faults} == {f"{op} is wrong"}
+    assert ledger.result["contest_records"] == []
+
+
+def test_what_waits_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As under torch's debug mode, which raises where something waits."""
+    setting = Setting(CPU, tiny=False, deadline=0)
+    found = find_waits(setting)
+    assert [each["waits"] for each in found] == [False] * len(found)
+    guarded = False
+
+    @contextlib.contextmanager
+    def guard(device: torch.device) -> Iterator[None]:
+        nonlocal guarded
+        guarded = True
+        try:
+            yield
+        finally:
+            guarded = False
+
+    summed = step_factor._sums
+
+    def waits(*arguments: Any) -> Any:
+        if guarded:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return summed(*arguments)
+
+    monkeypatch.setattr(step_factor, "_sums", waits)
+    named = [each["setting"] for each in find_waits(setting, guard) if each["waits"]]
+    assert len(named) == 6
+    assert all("max_grad_norm" in each or "skip_nonfinite" in each for each in named)
 
 
 def test_the_file_holds_what_there_is_at_every_moment(tmp_path: Path) -> None:
@@ -277,6 +339,13 @@ def test_bytes_that_a_step_cannot_do_without() -> None:
     assert needed(PLAIN, torch.float32) == 28
     assert needed(variants.PLAIN_BF16, torch.bfloat16) == 2 + 2 + 2 + 16
     assert needed(variants.PLAIN_BF16_MASTER, torch.bfloat16) == 2 + 2 + 16 + 8
+    # Of a split master weight and remainder are read and written.
+    kept = {SPLIT: 4 + 16, STOCHASTIC: 16, SPLIT_MOMENTS: 4 + 8, STOCHASTIC_MOMENTS: 8}
+    for each, state in kept.items():
+        for variant in (PLAIN, CT_F):
+            assert needed(in_bf16(variant, each), torch.bfloat16) == 2 + 2 + 2 + state
+    runs = needed(in_bf16(CT_D_RUNS, SPLIT), torch.bfloat16)
+    assert runs == pytest.approx((6 + 4 + 16) * 0.1, rel=0.05)
     assert needed(CT_D_RUNS, torch.float32) == pytest.approx(28 * 0.1, rel=0.05)
     # Of a scattered child of 2 %, one sector of eight elements in seven is touched.
     assert traffic.touched_share(CT_D_SPARSEST.kept, 1, 8) == pytest.approx(0.149, abs=1e-3)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import checkpoint, fisher, layouts, selection
+from . import checkpoint, clipping, fisher, layouts, selection
 from .contest import Comparison, Competitor, Contest, Prepared
 
 __all__ = ["CONTESTS", "Comparison", "Competitor", "Contest", "Prepared"]
@@ -12,6 +12,7 @@ CONTESTS: dict[str, Contest] = {
     for contest in (
         *selection.CONTESTS,
         *fisher.CONTESTS,
+        *clipping.CONTESTS,
         *checkpoint.CONTESTS,
         *layouts.CONTESTS,
     )

@@ -42,13 +42,15 @@ class Comparison:
     """A ratio of all competitors to one of them, within a round: time over ``base``'s time.
 
     ``inverted``: the other way round, so that more is better; between competitors whose bytes are known it
-    compares bytes a second.
+    compares bytes a second. ``plus``: to the base's time that of the fastest of these is added, the one
+    with the least median.
     """
 
     measure: str
     title: str
     base: str
     inverted: bool = False
+    plus: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -56,9 +58,9 @@ class Contest:
     """Some work, and those who do it.
 
     ``family`` is the question, whose contests stand together in the report. ``op`` is the one whose kernel is
-    needed. ``prepare`` makes the competitors for shapes on a device; ``faults`` says on cut-down shapes which
-    competitors are wrong, and how. ``memory``: peaks are measured too, beyond what a run returns. ``option``:
-    measured only with this option.
+    needed, ``more_ops`` are others. ``prepare`` makes the competitors for shapes on a device; ``faults`` says
+    on cut-down shapes which competitors are wrong, and how. ``memory``: peaks are measured too, beyond what a
+    run returns. ``option``: measured only with this option.
     """
 
     name: str
@@ -75,6 +77,12 @@ class Contest:
     rounds: int = 25
     memory: bool = False
     option: str | None = None
+    more_ops: tuple[str, ...] = ()
+
+    @property
+    def ops(self) -> tuple[str, ...]:
+        """All ops whose kernels are needed."""
+        return self.op, *self.more_ops
 
     def shapes(self) -> Shapes:
         """Tensor name → shape.

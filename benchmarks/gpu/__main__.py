@@ -228,7 +228,8 @@ def _finish(ledger: Ledger) -> int:
     )
     say(f"{ledger.path}: written after {result['seconds']:.0f} s")
     failed = [name for name, entry in result["sections"].items() if entry["state"] == "failed"]
-    return 1 if failed or result["proof"]["unproven"] else 0
+    waits = any(each["waits"] for each in result["proof"]["waits"])
+    return 1 if failed or waits or result["proof"]["unproven"] else 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Fisher accumulation and selection on a GPU: the contests of the CPU, at the sizes of this one's memory."""
+"""Clipping, Fisher accumulation and selection: the contests of the CPU, at the sizes of a GPU's memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..cases import Shapes
-from ..contests import Contest, fisher, selection
+from ..contests import Contest, clipping, fisher, selection
 from ..measure_contest import measure
 from ..peak_memory import bytes_of, tensor_peak
 from .cases import BERT_LARGE, LLAMA_1B
@@ -26,6 +26,7 @@ _CHECKED_ELEMENTS = 1 << 24
 SELECTION_ELEMENTS = 10**9
 SELECTION_NAME = "select_1e9"
 FISHER_NAMES = {case.name: f"fisher_{case.name}" for case in (BERT_LARGE, LLAMA_1B)}
+CLIPPING_NAMES = {case.name: f"clipping_{case.name}" for case in (BERT_LARGE, LLAMA_1B)}
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,11 @@ def contests_for(setting: Setting) -> dict[str, Contest]:
         for case in (BERT_LARGE, LLAMA_1B)
     ]
     found.append(_selection(setting.backend("topk_select")))
+    backend = setting.backend("child_adamw")
+    found += [
+        clipping.contest_of(CLIPPING_NAMES[case.name], case, _ROUNDS, backend)
+        for case in ([BERT_LARGE] if setting.tiny else [BERT_LARGE, LLAMA_1B])
+    ]
     return {contest.name: _tiny(contest) if setting.tiny else contest for contest in found}
 
 
@@ -92,8 +98,9 @@ def measure_contest(
     unproven: Mapping[str, str],
     copy_bytes_per_second: float | None,
 ) -> None:
-    """Check and measure the competitors of a contest; none is, where the op's kernel is missing or wrong."""
-    absent = unproven.get(contest.op) or setting.absent(contest.op)
+    """Check and measure the competitors of a contest; none is, where a kernel is missing or wrong."""
+    reasons = [unproven.get(op) or setting.absent(op) for op in contest.ops]
+    absent = next((reason for reason in reasons if reason is not None), None)
     if absent is not None:
         for competitor in contest.competitors:
             ledger.fault(contest.name, competitor.name, absent)

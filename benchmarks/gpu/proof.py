@@ -24,6 +24,7 @@ from childtune_kernels.self_check import self_check
 
 from ..environment import ROOT, available_cores
 from .setting import Setting, say
+from .waits import find_waits
 
 Record = dict[str, Any]
 
@@ -35,16 +36,15 @@ _MOST_AT_ONCE = 8  # each has a CUDA context
 
 
 def ops_of(path: Path) -> tuple[str, ...]:
-    """The ops that a test module is about: by its name in tests/ops/, by its ``OPS`` elsewhere."""
-    named = path.stem.removeprefix("test_")
-    own = tuple(op for op in registry.TABLE if named.startswith(op))
-    if own and path.parent.name == "ops":
-        return own
+    """The ops that a test module is about: those in its ``OPS``, else by its name in tests/ops/."""
     for node in ast.parse(path.read_text(encoding="utf-8")).body:
         if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "OPS":
             found: tuple[str, ...] = tuple(ast.literal_eval(node.value))
             return found
-    return ()
+    if path.parent.name != "ops":
+        return ()
+    named = path.stem.removeprefix("test_")
+    return tuple(op for op in registry.TABLE if named.startswith(op))
 
 
 def run_table(setting: Setting, seconds: float) -> list[Record]:
@@ -169,7 +169,8 @@ def nothing(reason: str) -> dict[str, Any]:
     """What ``prove`` would have found, where it failed itself: no op is proven."""
     why = f"the check itself failed: {reason}"
     unproven = dict.fromkeys(registry.TABLE, why)
-    return {"by": None, "why": why, "modules": [], "self_check": [], "unproven": unproven}
+    known: Record = {"modules": [], "self_check": [], "waits": []}
+    return {"by": None, "why": why, **known, "unproven": unproven}
 
 
 def prove(setting: Setting, seconds: float, earlier: list[Record] | None) -> dict[str, Any]:
@@ -181,10 +182,15 @@ def prove(setting: Setting, seconds: float, earlier: list[Record] | None) -> dic
 
     Returns:
         ``by``: "pytest" where every module of the table ran, "pytest in part", or "self_check"; ``why``; the
-        ``modules``, the ``findings`` of the self-check, and the ops that are ``unproven``.
+        ``modules``, the findings of the ``self_check``, the ``waits`` of warm steps for the device (they make
+        nothing wrong, and the speed shows them), and the ops that are ``unproven``.
     """
     findings = compare_quickly(setting)
     say(f"  self-check: {sum(each['equal'] for each in findings)} of {len(findings)} equal")
+    waits = find_waits(setting)
+    say(
+        f"  warm steps that wait for nothing: {sum(not each['waits'] for each in waits)} of {len(waits)}"
+    )
     modules = run_table(setting, seconds) if earlier is None else earlier
     silent = [each for each in modules if each["outcome"] in ("did not run", "timed out")]
     why = None if modules else "the tests were not asked for"
@@ -201,5 +207,6 @@ def prove(setting: Setting, seconds: float, earlier: list[Record] | None) -> dic
         "why": why,
         "modules": modules,
         "self_check": findings,
+        "waits": waits,
         "unproven": unproven(modules, findings),
     }

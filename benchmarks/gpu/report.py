@@ -71,6 +71,12 @@ def _proof(result: Result) -> Iterator[str]:
             f"modules of the test table: {kinds or 'none run'}."
             + (f" {proof['why']}." if proof["why"] else "")
         )
+        waits = proof.get("waits", [])
+        waiting = [each["setting"] for each in waits if each["waits"]]
+        yield (
+            f"Warm steps that wait for nothing: {len(waits) - len(waiting)} of {len(waits)}"
+            + (f"; not so: {', '.join(waiting)}." if waiting else ".")
+        )
     yield ""
 
 

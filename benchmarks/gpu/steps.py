@@ -19,12 +19,12 @@ from ..environment import synchronize
 from ..measure import progress_of, ratios_of
 from ..peak_memory import tensor_peak
 from ..rounds import Contender, Seconds, interleave, quartiles, ratio
+from ..traffic import bytes_per_parameter, state_bytes
 from ..variants import GROUPED_SUFFIX, PLAIN, TORCH_FUSED, UNFUSED, Variant
 from .bandwidth import copy_contender
 from .ledger import Ledger
 from .replay import Replay, replay_differs
 from .setting import Setting, say
-from .traffic import bytes_per_parameter, state_bytes
 from .variants import eager_of, suffix_of, variants_of
 
 _COPY = "copy"

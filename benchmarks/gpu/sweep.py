@@ -21,14 +21,23 @@ from ..cases import Case, Workload
 from ..contests import Competitor, Contest, fisher, selection
 from ..correctness import fault_of
 from ..rounds import Contender, Seconds, interleave, quartiles, ratio
-from ..variants import CT_D, CT_D_RUNS, CT_D_SPARSE, CT_D_SPARSEST, CT_F, PLAIN, Variant
+from ..traffic import bytes_per_parameter
+from ..variants import (
+    CT_D,
+    CT_D_RUNS,
+    CT_D_SPARSE,
+    CT_D_SPARSEST,
+    CT_F,
+    CT_F_SPLIT,
+    PLAIN,
+    PLAIN_SPLIT,
+    Variant,
+)
 from .bandwidth import copy_contender
 from .cases import BERT_LARGE, tiny_of
 from .contests import FISHER_NAMES, SELECTION_NAME, contests_for
 from .ledger import Ledger
 from .setting import Setting, say
-from .traffic import bytes_per_parameter
-from .variants import PLAIN_BF16, in_bf16
 
 _TILES, _WARPS = (512, 1024, 2048, 4096), (4, 8, 16)
 _TINY_CONFIGS = (Config(2048, 1), Config(4096, 1))
@@ -39,7 +48,7 @@ _COPY = "copy"
 
 #: Whose step shows how an op is cut up best.
 SWEPT: dict[str, tuple[Variant, ...]] = {
-    "child_adamw": (PLAIN, CT_F, PLAIN_BF16, in_bf16(CT_F, ("master_weight", "none"))),
+    "child_adamw": (PLAIN, CT_F, PLAIN_SPLIT, CT_F_SPLIT),
     "child_adamw_compact": (CT_D, CT_D_SPARSE, CT_D_SPARSEST, CT_D_RUNS),
 }
 SWEPT_CONTESTS = {

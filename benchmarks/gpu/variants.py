@@ -17,20 +17,30 @@ from childtune_kernels import FusedChildAdamW
 
 from ..cases import Case
 from ..variants import (
+    ALONE,
+    BF16_SUFFIX,
+    BF16_VARIANTS,
     CT_D,
     CT_D_RUNS,
     CT_D_SPARSE,
     CT_D_SPARSEST,
     CT_F,
+    FP32_MASTERS,
     PLAIN,
+    SPLIT,
+    SPLIT_MOMENTS,
+    STOCHASTIC,
+    STOCHASTIC_MOMENTS,
     TORCH_FOREACH,
     TORCH_FUSED,
     UNFUSED,
+    Format,
     Variant,
+    in_bf16,
 )
 from .cases import BERT_LARGE, GROUPS, LLAMA_1B, ROBERTA_LARGE, SMALL_TENSORS
 
-_GRAPH_SUFFIX, _BF16_SUFFIX = "_graph", "_bf16"
+_GRAPH_SUFFIX = "_graph"
 
 
 def in_graph(variant: Variant) -> Variant:
@@ -50,20 +60,9 @@ def eager_of(variant: Variant) -> Variant:
     return replace(variant, options=options, graph=False)
 
 
-def in_bf16(variant: Variant, *options: tuple[str, Any], note: str = "") -> Variant:
-    """The same with bf16 weights and gradients."""
-    return replace(
-        variant,
-        name=variant.name + _BF16_SUFFIX,
-        title=f"{variant.title}, bf16{note}",
-        options=(*variant.options, *options),
-        dtype=torch.bfloat16,
-    )
-
-
 def suffix_of(variant: Variant) -> str:
     """What stands after the names of the variants that this one is compared with."""
-    return _BF16_SUFFIX if variant.dtype == torch.bfloat16 else ""
+    return BF16_SUFFIX if variant.dtype == torch.bfloat16 else ""
 
 
 def _with_runs(variant: Variant) -> Variant:
@@ -103,17 +102,17 @@ TORCH_GRAPH = in_graph(TORCH_FUSED)
 CAPTURES = "capturable" in inspect.signature(FusedChildAdamW).parameters
 _GRAPHS = [in_graph(PLAIN), in_graph(CT_F)] if CAPTURES else []
 
-# Weights alone in 16 bits, beside fp32 moments; torch's own moments are bf16 too, half the bytes.
-_ALONE = ("master_weight", "none")
-PLAIN_BF16 = in_bf16(PLAIN, _ALONE)
-PLAIN_BF16_MASTER = replace(
-    in_bf16(PLAIN, note=" with fp32 master weights"), name=f"plain_master{_BF16_SUFFIX}"
-)
+# torch's own moments are bf16 too, half the bytes of fp32 ones.
+_TORCH_BF16 = in_bf16(TORCH_FUSED, Format("", "moments too"))
+PLAIN_BF16 = in_bf16(PLAIN, ALONE)
+PLAIN_BF16_MASTER = in_bf16(PLAIN, FP32_MASTERS)
 _BF16 = (
-    in_bf16(TORCH_FUSED, note=" moments too"),
+    _TORCH_BF16,
     PLAIN_BF16,
     PLAIN_BF16_MASTER,
-    *(in_bf16(variant, _ALONE) for variant in (CT_F, CT_D_SPARSE, CT_D_RUNS)),
+    *(in_bf16(variant, ALONE) for variant in (CT_F, CT_D_SPARSE, CT_D_RUNS)),
+    *BF16_VARIANTS,
+    in_bf16(CT_D_SPARSE, SPLIT),
 )
 
 _EVERYBODY = (
@@ -144,11 +143,13 @@ _OF_CASE: dict[str, Sequence[Variant]] = {
     ),
     ROBERTA_LARGE.name: (TORCH_FUSED, PLAIN, CT_F, CT_D_SPARSE),
 }
-# Interpreted, a step takes a tenth of a second: two cases have all their variants, which are all there are.
-_TINY: dict[str, Sequence[str]] = {
-    BERT_LARGE.name: tuple(variant.name for variant in _OF_CASE[BERT_LARGE.name]),
-    LLAMA_1B.name: tuple(variant.name for variant in _OF_CASE[LLAMA_1B.name]),
-    GROUPS.name: ("torch_fused", "plain", "plain_groups"),
+# Interpreted, a step takes a tenth of a second: two cases share the variants, and formats that draw random
+# words are stepped by CT_F alone.
+_DRAWN = [in_bf16(PLAIN, each) for each in (STOCHASTIC, SPLIT_MOMENTS, STOCHASTIC_MOMENTS)]
+_TINY: dict[str, Sequence[Variant]] = {
+    BERT_LARGE.name: [each for each in _EVERYBODY if each not in _BF16],
+    LLAMA_1B.name: [TORCH_FUSED, PLAIN, *(each for each in _BF16 if each not in _DRAWN)],
+    GROUPS.name: [TORCH_FUSED, PLAIN, PLAIN.with_group_each()],
 }
 
 
@@ -157,5 +158,5 @@ def variants_of(case: Case, tiny: bool) -> list[Variant]:
     found = _OF_CASE[case.name]
     if not tiny:
         return list(found)
-    few = _TINY.get(case.name, ("torch_fused", "plain"))
-    return [variant for variant in found if variant.name in few]
+    few = _TINY.get(case.name, (TORCH_FUSED, PLAIN))
+    return [variant for variant in found if variant in few]

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..contests import fisher, selection
-from ..targets import Target
-from ..variants import CT_D_RUNS, CT_D_SPARSE, CT_D_SPARSEST, CT_F, PLAIN
+from ..targets import Target, clipping_targets
+from ..variants import CT_D_RUNS, CT_D_SPARSE, CT_D_SPARSEST, CT_F, CT_F_SPLIT, PLAIN
 from .cases import BERT_LARGE, GROUPS, LLAMA_1B
-from .contests import FISHER_NAMES, SELECTION_NAME
+from .contests import CLIPPING_NAMES, FISHER_NAMES, SELECTION_NAME
 from .variants import PLAIN_BF16
 
 # Of more than 500 million parameters.
@@ -22,7 +22,8 @@ def _targets() -> Iterator[Target]:
         for variant in (PLAIN, CT_F):
             yield Target(case, variant.name, "share_of_copy", 0.95, at_least=True)
             yield Target(case, variant.name, "ratio_to_fused", 1.0)
-        yield Target(case, PLAIN_BF16.name, "share_of_copy", 0.90, at_least=True)
+        for variant in (PLAIN_BF16, CT_F_SPLIT):
+            yield Target(case, variant.name, "share_of_copy", 0.90, at_least=True)
         yield Target(case, CT_F.name, "speedup_over_unfused", 10, at_least=True)
         yield Target(case, CT_F.name, "ratio_to_plain", 1.02)
         for variant, bound in ((CT_D_SPARSE, 2.0), (CT_D_SPARSEST, 4.0), (CT_D_RUNS, 6.0)):
@@ -34,6 +35,8 @@ def _targets() -> Iterator[Target]:
         grouped = variant.with_group_each().name
         yield Target(GROUPS.name, grouped, "ratio_to_one_group", 1.2)
     yield Target(SELECTION_NAME, selection.SELECT.name, "seconds", 0.008)
+    for case in CLIPPING_NAMES.values():
+        yield from clipping_targets(case)
     for case in FISHER_NAMES.values():
         yield Target(case, fisher.OURS.name, "share_of_copy", 0.9, at_least=True)
 
