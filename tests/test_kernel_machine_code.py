@@ -19,8 +19,8 @@ pytestmark = pytest.mark.skipif(
 TARGETS = ("sm_80", "sm_90", "sm_100", "gfx942")
 BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}
 
-# Instructions an element, measured with Triton 3.9 and rounded up by a tenth: of NVIDIA's targets, of AMD's. What
-# is rounded by words was measured for sm_90 and gfx942.
+# Instructions an element, measured with Triton 3.9 and rounded up by a tenth: of NVIDIA's targets, of AMD's.
+# What is rounded by words was measured for sm_90 and gfx942.
 MOST: dict[str, tuple[Most, Most]] = {
     "bitmask": (Most(46), Most(51)),
     "dense 32": (Most(62, 107), Most(47, 78)),
