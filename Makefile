@@ -5,12 +5,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capability/*)
 
-.PHONY: help install finetune finetune-short test test-slow bench gpu check format info clean
+.PHONY: help install finetune finetune-short low-precision test test-slow bench gpu check format info clean
 
 help:
 	@echo "make install         the virtual environment and the package in it; other targets do this first"
 	@echo "make finetune        the main job: fine-tune a small encoder on real data (under three minutes)"
 	@echo "make finetune-short  the same in little: whether everything runs"
+	@echo "make low-precision   fine-tuning in fp32 and bf16: what each way of keeping bf16 weights gives (about ten minutes)"
 	@echo "make test            all tests"
 	@echo "make test-slow       the long sweeps too"
 	@echo "make bench           benchmarks against torch.optim.AdamW"
@@ -41,6 +42,9 @@ finetune: install
 
 finetune-short: install
 	$(BIN)/python examples/finetune.py --short
+
+low-precision: install
+	$(BIN)/python examples/low_precision.py
 
 test: install
 	$(BIN)/python -m pytest

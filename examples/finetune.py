@@ -9,7 +9,6 @@ information, mask, child checkpoint, pictures. Offline, under three minutes.
 from __future__ import annotations
 
 import argparse
-import math
 import sys
 import time
 from collections.abc import Sequence
@@ -35,8 +34,9 @@ from finetuning.labelled_text import (
     split_rows,
 )
 from finetuning.methods import METHOD_NAMES, Method, check_backend
+from finetuning.option_types import device, positive_number, share, whole_number
 from finetuning.pretraining import pretrain
-from finetuning.report import save_plot, save_results, table, verdicts
+from finetuning.report import save_plot, save_results, table, thread_count, verdicts
 from finetuning.text_models import CheckpointSource, SmallEncoderSource, TextModelSource
 from finetuning.training import TextTask, TuningSettings
 
@@ -216,12 +216,6 @@ def save_report(
     save_plot(results, caption, folder / "finetune.png")
 
 
-def thread_count() -> str:
-    """How many threads torch uses on the CPU, in words."""
-    count = torch.get_num_threads()
-    return "1 thread" if count == 1 else f"{count} threads"
-
-
 def read_options(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse the command line; what is out of range ends the program with a message."""
     parser = argparse.ArgumentParser(
@@ -336,44 +330,6 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="where plots, figures and the child's files go (default: runs/finetune)",
     )
-
-
-def whole_number(text: str) -> int:
-    """A whole number from 1 on, for argparse."""
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 1 on")
-    return value
-
-
-def positive_number(text: str) -> float:
-    """A finite number above 0, for argparse."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a finite number above 0")
-    return value
-
-
-def share(text: str) -> float:
-    """A number above 0 and up to 1, for argparse."""
-    value = positive_number(text)
-    if value > 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not within (0, 1]")
-    return value
-
-
-def device(text: str) -> torch.device:
-    """A device that torch can use here, for argparse."""
-    try:
-        return torch.empty(0, device=text).device
-    except (RuntimeError, AssertionError, NotImplementedError):
-        raise argparse.ArgumentTypeError(f"torch has no device {text!r} here") from None
 
 
 if __name__ == "__main__":

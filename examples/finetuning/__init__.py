@@ -1,1 +1,1 @@
-"""The parts of examples/finetune.py: data, models, pretraining, methods, comparison, report."""
+"""The parts of the examples: data, models, pretraining, methods, comparisons, reports."""

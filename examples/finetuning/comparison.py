@@ -121,7 +121,7 @@ def compare(contenders: Sequence[Contender], split: Split, plan: Plan) -> Compar
     At the same seed all contenders start from the same weights and see the same training rows; methods
     with a fixed child share one Fisher run.
     """
-    validation = _validate_learning_rates(contenders, split, plan)
+    validation = validate_learning_rates(contenders, split, plan)
     results = [
         ContenderResult(contender.title, contender.method.name, contender.pretrained, accuracies)
         for contender, accuracies in zip(contenders, validation, strict=True)
@@ -154,7 +154,7 @@ def _networks(
     return None
 
 
-def _validate_learning_rates(
+def validate_learning_rates(
     contenders: Sequence[Contender], split: Split, plan: Plan
 ) -> list[dict[float, float]]:
     """For each contender: learning rate → mean accuracy over the tuning seeds."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as functional
@@ -65,6 +66,25 @@ class Method:
             return torch.optim.AdamW(
                 model.parameters(), lr=learning_rate, weight_decay=WEIGHT_DECAY, fused=True
             )
+        return self.fused_optimizer(model, learning_rate, seed, child)
+
+    def fused_optimizer(
+        self,
+        model: nn.Module,
+        learning_rate: float,
+        seed: int,
+        child: ChildMask | None,
+        **storage: Any,
+    ) -> FusedChildAdamW:
+        """FusedChildAdamW, for AdamW too: without a mask.
+
+        Args:
+            model: what is tuned.
+            learning_rate: peak of the schedule.
+            seed: of CT_F's masks.
+            child: the child network of a method of CHILDREN, else None.
+            storage: how weights and moments are kept: ``master_weight``, ``state_dtype``.
+        """
         return FusedChildAdamW(
             model.named_parameters(),
             lr=learning_rate,
@@ -73,6 +93,7 @@ class Method:
             child_mask=child,
             seed=seed,
             backend=self.backend,
+            **storage,
         )
 
 

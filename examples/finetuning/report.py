@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -23,6 +24,12 @@ _SCRATCH_COLOUR = "#a9afba"
 _QUIET = "#5a6270"
 
 
+def thread_count() -> str:
+    """How many threads torch uses on the CPU, in words."""
+    count = torch.get_num_threads()
+    return "1 thread" if count == 1 else f"{count} threads"
+
+
 def table(results: Sequence[ContenderResult]) -> str:
     """A row a contender: learning rate, accuracy with its deviation over seeds, step time, state."""
     header = ("method", "learning rate", "accuracy %", "step ms", "state bytes")
@@ -30,7 +37,7 @@ def table(results: Sequence[ContenderResult]) -> str:
         (
             result.title,
             f"{result.learning_rate:.1e}" + ("*" if result.at_edge_of_grid else ""),
-            f"{_mean_and_deviation(result.accuracies)}",
+            f"{mean_and_deviation(result.accuracies)}",
             f"{result.step_milliseconds:.2f}",
             f"{result.state_bytes:,}",
         )
@@ -58,9 +65,30 @@ def verdicts(results: Sequence[ContenderResult]) -> list[str]:
         said += [_verdict(result, baseline) for result in results if result is not baseline]
     for control in ("ct_d_lowest", "ct_d_random"):
         if child is not None and control in by_method:
-            difference, shown = _paired_difference(child, by_method[control])
+            difference, shown = paired_difference(child.accuracies, by_method[control].accuracies)
             said.append(f"Fisher child against {CHILDREN[control]}: {difference}{shown}")
     return said
+
+
+def mean_and_deviation(values: Sequence[float]) -> str:
+    """The mean, and the standard deviation where there is more than one value."""
+    mean = f"{statistics.mean(values):.1f}"
+    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
+
+
+def paired_difference(first: Sequence[float], second: Sequence[float]) -> tuple[str, str]:
+    """How much more accurate the first is, seed by seed, and whether the seeds' noise allows to say so."""
+    differences = [ours - theirs for ours, theirs in zip(first, second, strict=True)]
+    mean = statistics.mean(differences)
+    count = len(differences)
+    if count < 2:
+        return f"{mean:+.1f} points", "; one seed says nothing about noise."
+    critical = _T_95[min(count - 1, len(_T_95)) - 1]
+    interval = critical * statistics.stdev(differences) / math.sqrt(count)
+    text = f"{mean:+.1f} ± {interval:.1f} points (paired over {count} seeds, 95 % interval)"
+    if abs(mean) <= interval:
+        return text, ": within noise, no difference shown."
+    return text, f": {'better' if mean > 0 else 'worse'}, beyond the noise of the seeds."
 
 
 def save_results(results: Sequence[ContenderResult], about: dict[str, object], path: Path) -> None:
@@ -102,33 +130,12 @@ def save_plot(results: Sequence[ContenderResult], caption: str, path: Path) -> N
     figure.savefig(path, dpi=150)
 
 
-def _mean_and_deviation(values: Sequence[float]) -> str:
-    mean = f"{statistics.mean(values):.1f}"
-    return f"{mean} ± {statistics.stdev(values):.1f}" if len(values) > 1 else mean
-
-
 def _verdict(result: ContenderResult, baseline: ContenderResult) -> str:
     if not result.pretrained:
-        difference, shown = _paired_difference(baseline, result)
+        difference, shown = paired_difference(baseline.accuracies, result.accuracies)
         return f"Pretraining gives {baseline.title} {difference}{shown}"
-    difference, shown = _paired_difference(result, baseline)
+    difference, shown = paired_difference(result.accuracies, baseline.accuracies)
     return f"{result.title} against {baseline.title}: {difference}{shown}"
-
-
-def _paired_difference(first: ContenderResult, second: ContenderResult) -> tuple[str, str]:
-    """How much more accurate the first is, and whether the seeds' noise allows to say so."""
-    pairs = zip(first.accuracies, second.accuracies, strict=True)
-    differences = [ours - theirs for ours, theirs in pairs]
-    mean = statistics.mean(differences)
-    count = len(differences)
-    if count < 2:
-        return f"{mean:+.1f} points", "; one seed says nothing about noise."
-    critical = _T_95[min(count - 1, len(_T_95)) - 1]
-    interval = critical * statistics.stdev(differences) / math.sqrt(count)
-    text = f"{mean:+.1f} ± {interval:.1f} points (paired over {count} seeds, 95 % interval)"
-    if abs(mean) <= interval:
-        return text, ": within noise, no difference shown."
-    return text, f": {'better' if mean > 0 else 'worse'}, beyond the noise of the seeds."
 
 
 def _colours(results: Sequence[ContenderResult]) -> list[str]:

@@ -62,7 +62,8 @@ class SmallEncoder(nn.Module):
         is_word = present.any(2)
         piece_count = present.sum(2, keepdim=True).clamp(min=1)
         # Dividing by the root keeps the variance of a sum of independent pieces at that of one.
-        words = self.pieces(pieces).sum(2) / piece_count.sqrt()
+        words = self.pieces(pieces).sum(2)
+        words = words / piece_count.to(words.dtype).sqrt()
         if hide is not None:
             words = torch.where(hide[..., None], self.hidden_word, words)
         states = self.input_norm(words + self.positions.weight[: pieces.shape[1]])

@@ -6,7 +6,7 @@ import math
 import random
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -31,27 +31,45 @@ class TuningSettings:
 
 @dataclass(frozen=True)
 class TunedModel:
-    """A model after fine-tuning, its optimizer, and what that cost: seconds of every step, bytes of state."""
+    """A model after fine-tuning, its optimizer, and what that cost: seconds of every step, bytes of state.
+
+    ``losses``: of the batch of every step, before it.
+    """
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
     step_seconds: list[float]
     state_bytes: int
+    losses: list[float] = field(default_factory=list)
 
 
 class TextTask:
-    """A labelled data set as one kind of model sees it; rows are numbers into ``data``."""
+    """A labelled data set as one kind of model sees it; rows are numbers into ``data``.
 
-    def __init__(self, source: TextModelSource, data: LabelledText, device: torch.device) -> None:
+    Args:
+        source: makes the models.
+        data: texts and labels.
+        device: where the models run.
+        dtype: of their weights, and so of activations and gradients.
+    """
+
+    def __init__(
+        self,
+        source: TextModelSource,
+        data: LabelledText,
+        device: torch.device,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
         self.source = source
         self.device = device
+        self.dtype = dtype
         self._label_count = len(data.label_names)
         self._encoded = {key: value.to(device) for key, value in source.encode(data.texts).items()}
         self._labels = torch.tensor(data.labels, device=device)
 
     def new_model(self, seed: int) -> nn.Module:
         """A classifier of this task's labels, pretrained but for the head."""
-        return self.source.new_model(self._label_count, seed).to(self.device)
+        return self.source.new_model(self._label_count, seed).to(self.device, self.dtype)
 
     def logits(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
         """Logits, (rows, labels)."""
@@ -62,7 +80,8 @@ class TextTask:
     def loss(self, model: nn.Module, rows: Sequence[int]) -> Tensor:
         """Mean cross-entropy over the rows."""
         labels = self._labels[torch.tensor(rows, device=self.device)]
-        return mean_loss(self.logits(model, rows), labels)
+        # In fp32 also for a bf16 model, whose own last place is a hundredth of a loss of 1.
+        return mean_loss(self.logits(model, rows).float(), labels)
 
     def accuracy(self, model: nn.Module, rows: Sequence[int]) -> float:
         """Share of rows whose largest logit is at their label, in percent."""
@@ -110,16 +129,19 @@ def fine_tune(
     )
     order = list(rows)
     shuffle = random.Random(seed).shuffle
-    step_seconds = []
+    step_seconds, losses = [], []
     model.train()
     for _ in range(settings.epochs):
         shuffle(order)
         for start in range(0, len(order), settings.batch_size):
             optimizer.zero_grad()
-            task.loss(model, order[start : start + settings.batch_size]).backward()
+            loss = task.loss(model, order[start : start + settings.batch_size])
+            loss.backward()
+            losses.append(loss.detach())  # a number only at the end: a GPU is not waited for
             step_seconds.append(_timed_step(optimizer, task.device))
             schedule.step()
-    return TunedModel(model, optimizer, step_seconds, state_bytes(optimizer))
+    values = torch.stack(losses).tolist()
+    return TunedModel(model, optimizer, step_seconds, state_bytes(optimizer), values)
 
 
 def _share_of_peak(step: int, step_count: int) -> float:
