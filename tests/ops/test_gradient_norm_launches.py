@@ -14,7 +14,8 @@ from childtune_kernels import FusedChildAdamW
 from ..cases import assert_same_bits, random_values
 from ..columns import device_of
 from .test_child_adamw_capture import DEVICE, Graph, Run, graph
-from .test_gradient_norm import assert_same, norm_of, plan_of, refreshed, sharded, sized
+from .test_gradient_norm import assert_same, norm_of, plan_of, refreshed, sized
+from .test_gradient_norm_plans import sharded
 
 __all__ = ["graph"]  # a fixture
 

@@ -164,6 +164,41 @@ void select(const Kernels& kernels) {
   add(runs.data(), runs.size() * 4);
 }
 
+// Sums of squares by units, before and after masks, and the sum of those.
+void norms(const Kernels& kernels, int64_t dtype, size_t bytes, bool contiguous) {
+  const int64_t numel = 1208 * 11;  // three units and a part of one, in a line or by columns
+  std::vector<unsigned char> grad(size_t(numel) * bytes);
+  for (int64_t at = 0; at < numel; ++at) {
+    const double wide = random_unit();
+    const float single = float(wide);
+    const uint16_t half = random_half();
+    const void* source = bytes == 8 ? (const void*)&wide : bytes == 4 ? (const void*)&single : (const void*)&half;
+    std::memcpy(&grad[size_t(at) * bytes], source, bytes);
+  }
+  std::vector<uint32_t> words((numel + 31) / 32, 0xA5C3F00Fu);
+  int64_t steps = 6;
+  PlanRow row{};
+  row.active = 1, row.numel = numel, row.grad_dtype = dtype, row.grad = int64_t(grad.data());
+  row.step = int64_t(&steps), row.philox_key = 0x8BB4C9D81DFC5D36;
+  row.element_contiguous = row.storage_contiguous = contiguous;
+  row.element_map = {17, {{1, 0}, {1, 0}, {1, 0}, {numel, 1}}};
+  row.storage_map = {0, {{1, 0}, {1, 0}, {numel / 11, 1}, {11, numel / 11}}};
+  for (double reserve_p : {1.0, 0.3}) {
+    PlanGroup group{};
+    group.reserve_p = reserve_p, group.threshold = double(uint64_t(reserve_p * 4294967296.0));
+    for (const uint32_t* fixed : {(const uint32_t*)nullptr, (const uint32_t*)words.data()}) {
+      double every[4] = {}, counting[4] = {};
+      kernels.gradient_norm_row(row, group, fixed, 0, 4, every, counting);
+      add(every, sizeof every);
+      add(counting, sizeof counting);
+      kernels.gradient_norm_row(row, group, fixed, 0, 4, every, nullptr);
+      const double total = kernels.unit_sum(every, 4);
+      add(every, sizeof every);
+      add(&total, sizeof total);
+    }
+  }
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -189,6 +224,11 @@ int main(int, char** arguments) {
   for (int64_t dtype : {kFloat32, kFloat64, kBFloat16, kFloat16})
     for (bool contiguous : {true, false}) squares(*kernels, dtype, contiguous);
   select(*kernels);
+  for (bool contiguous : {true, false}) {
+    norms(*kernels, kFloat32, 4, contiguous);
+    norms(*kernels, kFloat64, 8, contiguous);
+    for (int64_t half : {kBFloat16, kFloat16}) norms(*kernels, half, 2, contiguous);
+  }
   std::printf("%016llx\n", static_cast<unsigned long long>(digest));
   return 0;
 }
