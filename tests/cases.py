@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -176,6 +177,18 @@ def _compact_product() -> Iterator[Case]:
 
 COMPACT = [*_compact_product()]
 CASES = [*PRODUCT, *SINGLES, *COMPACT]
+# Kinds of weights whose rounding by words meets every line of the kernels; the others wait for the long tests.
+_USUALLY_ROUNDED = ("fp32_bf16_state", "bf16_stochastic", "bf16_stochastic_bf16_state")
+
+
+def as_parameters(cases: Iterable[Case]) -> list[Any]:
+    """The cases as pytest takes them, most kinds of rounding by words marked slow."""
+    seldom = _ROUNDED.keys() - {*_USUALLY_ROUNDED}
+    return [
+        pytest.param(case, id=case.name, marks=[pytest.mark.slow] if kind in seldom else [])
+        for case in cases
+        for kind in [case.name.removeprefix("compact-").split("-")[0]]
+    ]
 
 
 def _plain(values: Tensor) -> Tensor:

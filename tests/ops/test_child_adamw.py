@@ -17,6 +17,7 @@ from ..cases import (
     SEED,
     Arrangement,
     Case,
+    as_parameters,
     assert_same_bits,
     bit_pattern,
     generator_of,
@@ -43,13 +44,13 @@ def check_column(case: Case, column: str) -> None:
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize("case", as_parameters(CASES))
 def test_column_equals_reference(case: Case, column: str) -> None:
     assert_same_bits(run(case, column), reference_outcome(case))
 
 
 @pytest.mark.usefixtures("one_thread")
-@pytest.mark.parametrize("case", COMPACT, ids=str)
+@pytest.mark.parametrize("case", as_parameters(COMPACT))
 def test_compact_state_equals_dense_state(case: Case) -> None:
     assert_same_bits(reference_outcome(case), reference_outcome(case.in_dense_state))
 
