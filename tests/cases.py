@@ -177,7 +177,7 @@ def _compact_product() -> Iterator[Case]:
 
 COMPACT = [*_compact_product()]
 CASES = [*PRODUCT, *SINGLES, *COMPACT]
-# Kinds of weights whose rounding by words meets every line of the kernels; the others wait for the long tests.
+# Kinds whose rounding by words meets every line of the kernels; the others wait for the long tests.
 _USUALLY_ROUNDED = ("fp32_bf16_state", "bf16_stochastic", "bf16_stochastic_bf16_state")
 
 
