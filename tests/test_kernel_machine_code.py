@@ -123,7 +123,7 @@ TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
 
 
 def _is_slow(task: Task) -> bool:
-    """What has its like beside it: rounding by words, and fp32 gradients of 16-bit weights, on some targets."""
+    """What has its like beside it: rounding by words, and fp32 gradients, on some of the targets."""
     if not task.variant.startswith("child_adamw") or "-outside-" in task.variant:
         return False
     parts = task.variant.split("-")
