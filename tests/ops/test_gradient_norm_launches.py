@@ -87,7 +87,7 @@ def norm_and_step(plan: Any, after_mask: bool, capturing: bool) -> Tensor:
     with torch.no_grad():
         plan.refresh()
         sums = norm_of(plan, after_mask, capturing=capturing)
-        plan.run(capturing)
+        plan.run(None, capturing)
     return sums
 
 
