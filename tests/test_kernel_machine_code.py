@@ -84,7 +84,7 @@ MOST: dict[str, tuple[Most, Most]] = {
     "gradient_norm both": (Most(41), Most(37)),
     "gradient_norm again": (Most(11), Most(13.6)),
     "keep_words": (Most(261), Most(455)),
-    "step_scalars": (Most(384), Most(667)),
+    "step_scalars": (Most(483), Most(491)),
     "topk_select": (Most(37), Most(310)),
 }
 
