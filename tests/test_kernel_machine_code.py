@@ -123,13 +123,15 @@ TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
 
 
 def _is_slow(task: Task) -> bool:
-    """What has its like beside it: rounding by words, and fp32 gradients, on some of the targets."""
+    """What has its like beside it: rounding by words, split masters, and fp32 gradients, on some targets."""
     if not task.variant.startswith("child_adamw") or "-outside-" in task.variant:
         return False
     parts = task.variant.split("-")
     widened = parts[2] != parts[3]
     if draws(task.variant):
         return task.target != "sm_90" or widened or parts[-1] != "bernoulli"
+    if "split" in parts:
+        return task.target != "sm_90"
     return widened and task.target not in ("sm_90", "gfx942")
 
 
