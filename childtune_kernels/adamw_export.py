@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import saved_groups, state_tensors
-from .group_options import OPTIONS, WROTE_OUTSIDE
+from .group_options import GROUP_KEYS
 from .labels import is_positional, label_of
 
 Group = Mapping[str, Any]
@@ -63,8 +63,7 @@ def _adamw_group(defaults: Group, group: Group) -> dict[str, Any]:
 
 def _adamw_options(group: Group) -> dict[str, Any]:
     """The options that AdamW has too, and what a group's owner has put into it."""
-    foreign = {*OPTIONS, WROTE_OUTSIDE, "seed", "params", "param_names"}
-    foreign -= set(saved_groups.ADAMW_OPTIONS)
+    foreign = set(GROUP_KEYS) - set(saved_groups.ADAMW_OPTIONS)
     return {name: value for name, value in group.items() if name not in foreign}
 
 
