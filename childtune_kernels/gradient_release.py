@@ -19,8 +19,6 @@ from .state_tensors import state_of
 from .step_plan import StepPlan
 from .step_planner import StepPlanner, check_group
 
-_SCALES = "_step_supports_amp_scaling"
-
 
 class _Owner(Protocol):
     """What a release needs of its optimizer."""
@@ -77,10 +75,6 @@ class GradientRelease:
         self._checked = False
         # Parameters of several devices get their gradients from as many threads of autograd.
         self._lock = threading.RLock()
-        # A GradScaler hands its scale over to such an optimizer, where step() sees and refuses it;
-        # others get their gradients unscaled, and here the scaler would find none.
-        self._scaled_before = vars(optimizer).get(_SCALES)
-        vars(optimizer)[_SCALES] = True
         self._hook_parameters(optimizer.param_groups)
 
     @property
@@ -107,9 +101,6 @@ class GradientRelease:
         if optimizer is None or optimizer._gradient_release is not self:
             return
         optimizer._gradient_release = None
-        del vars(optimizer)[_SCALES]
-        if self._scaled_before is not None:
-            vars(optimizer)[_SCALES] = self._scaled_before
 
     def __enter__(self) -> GradientRelease:
         return self
