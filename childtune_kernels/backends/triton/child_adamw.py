@@ -12,7 +12,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
 from ...plan_row import MASTER_CODES
@@ -24,15 +23,9 @@ from .child_adamw_compact import (
     _decay_outside_kernel,
 )
 from .child_adamw_dense import _child_adamw_dense_kernel
-from .device_plan import Combination, DevicePlan, Launch, cut_of, outside
+from .device_plan import Combination, DevicePlan, Launch, cut_of, outside, plan_of
 from .step_scalars import step_scalars_
 
-_TYPES = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
 _KINDS = {
     torch.bfloat16: ("none", "fp32", "split", "stochastic"),
     torch.float16: ("none", "fp32"),
@@ -51,12 +44,12 @@ _KERNELS = {
 def _constants(combination: Combination, generation: str) -> dict[str, Any]:
     """The constexpr arguments of a combination's kernel."""
     layout, cut = combination.layout, cut_of(combination, generation)
-    weight = {"WEIGHT": _TYPES[combination.weight]}
+    weight = {"WEIGHT": launch.TYPES[combination.weight]}
     if layout == "outside":
         return weight | {"TILE": cut.tile, "LANES": cut.lanes}
     constants = weight | {
-        "GRAD": _TYPES[combination.grad],
-        "MOMENT": _TYPES[combination.moment],
+        "GRAD": launch.TYPES[combination.grad],
+        "MOMENT": launch.TYPES[combination.moment],
         "MASTER": _MASTERS[combination.master],
         "BERNOULLI": combination.bernoulli,
         "TILE": cut.tile,
@@ -92,9 +85,7 @@ def child_adamw_(
     capturing: bool,
 ) -> None:
     """Update every active row in place (contract: ops.child_adamw_)."""
-    plan = kept.get("device_plan")
-    if plan is None:
-        plan = kept["device_plan"] = DevicePlan(rows[0].parameter.device)
+    plan = plan_of(rows, kept)
     if capturing:
         device_rows, device_groups = plan.captured(row_table, group_table)
     else:
@@ -137,7 +128,7 @@ def combinations() -> Iterator[Combination]:
             continue
         for (weight, grad, master, moment), bernoulli in itertools.product(kinds, (False, True)):
             yield Combination(weight, grad, moment, master, bernoulli, layout)
-    yield from map(outside, _TYPES)
+    yield from map(outside, launch.TYPES)
 
 
 def variants(generation: str) -> Iterator[launch.Variant]:

@@ -18,8 +18,8 @@ from ...plan_row import (
 )
 from . import launch, step_scalars
 
-_KEEP_ALL = float(1 << 32)
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
+KEEP_ALL = float(1 << 32)
+DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 _LAYOUTS = {code: name for name, code in LAYOUT_CODES.items()}
 _MASTERS = {code: kind for kind, code in MASTER_CODES.items()}
 # What decides on launches and chunk maps. Addresses of weights and gradients do not.
@@ -223,7 +223,7 @@ class DevicePlan:
 
     @staticmethod
     def _structure_of(row_table: Tensor, group_table: Tensor) -> Tensor:
-        draws = group_table[:, GROUP_COLUMN["threshold"]] != _KEEP_ALL
+        draws = group_table[:, GROUP_COLUMN["threshold"]] != KEEP_ALL
         decays = group_table[:, GROUP_COLUMN["freeze_non_child"]] == 0
         return torch.cat([row_table[:, _STRUCTURE].flatten(), draws.long(), decays.long()])
 
@@ -278,6 +278,14 @@ class DevicePlan:
         return launch.table(addresses, self.device)
 
 
+def plan_of(rows: Sequence[Any], kept: dict[str, Any]) -> DevicePlan:
+    """What all ops of one plan share of it on the device, in the plan's own dict; at first made."""
+    if "device_plan" not in kept:
+        kept["device_plan"] = DevicePlan(rows[0].parameter.device)
+    plan: DevicePlan = kept["device_plan"]
+    return plan
+
+
 def _differ_in_gradients(known: Tensor | None, row_table: Tensor) -> bool:
     """Whether two tables of rows are equal but for where the gradients lie, the usual change."""
     if known is None:
@@ -289,18 +297,18 @@ def _differ_in_gradients(known: Tensor | None, row_table: Tensor) -> bool:
 
 def _combinations_of(numbers: Sequence[int], group: Sequence[float]) -> list[Combination]:
     """The launches that a row takes part in."""
-    weight = _DTYPES[numbers[ROW_COLUMN["weight_dtype"]]]
-    grad = _DTYPES[numbers[ROW_COLUMN["grad_dtype"]]]
+    weight = DTYPES[numbers[ROW_COLUMN["weight_dtype"]]]
+    grad = DTYPES[numbers[ROW_COLUMN["grad_dtype"]]]
     if grad != weight and (grad != torch.float32 or weight == torch.float64):
         grad = weight  # of a row that has never had a gradient
     layout = _LAYOUTS[numbers[ROW_COLUMN["child_layout"]]]
     if layout == "dense" and numbers[ROW_COLUMN["mask_words"]]:
         layout = "fixed"
-    moment = _DTYPES[numbers[ROW_COLUMN["moment_dtype"]]]
+    moment = DTYPES[numbers[ROW_COLUMN["moment_dtype"]]]
     master = _MASTERS[numbers[ROW_COLUMN["master_kind"]]]
     if weight == torch.bfloat16 and group[GROUP_COLUMN["stochastic_rounding"]]:
         master = "stochastic"
-    bernoulli = group[GROUP_COLUMN["threshold"]] != _KEEP_ALL
+    bernoulli = group[GROUP_COLUMN["threshold"]] != KEEP_ALL
     combinations = [Combination(weight, grad, moment, master, bernoulli, layout)]
     frozen = group[GROUP_COLUMN["freeze_non_child"]]
     if layout in ("words", "indices", "runs") and not frozen:

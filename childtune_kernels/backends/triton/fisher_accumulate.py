@@ -23,13 +23,6 @@ _WIDTH = tl.constexpr(14)
 # Access: whether the gradient lies row-major in memory, and both begin where a wide access may.
 _STRIDED, _ROW_MAJOR, _ALIGNED = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)
 
-_TYPES: dict[torch.dtype, Any] = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-
 
 @triton.jit
 def added_square(total, gradient, scale):
@@ -104,7 +97,7 @@ def _accumulate_type_(
         chunks.shape[0],
         device,
         (chunks, launch.table(rows, device)),
-        _constants(_TYPES[dtype], generation),
+        _constants(launch.TYPES[dtype], generation),
         config.num_warps,
     )
 
@@ -126,7 +119,7 @@ def _constants(gradient: Any, generation: str) -> dict[str, Any]:
 def variants(generation: str) -> Iterator[launch.Variant]:
     """What is compiled ahead of time."""
     config = launch.config("fisher_accumulate", generation)
-    for dtype in _TYPES.values():
+    for dtype in launch.TYPES.values():
         constants = _constants(dtype, generation)
         yield launch.Variant(
             f"fisher_accumulate {dtype}",

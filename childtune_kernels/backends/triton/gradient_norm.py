@@ -11,23 +11,14 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 
-from ...plan_row import DTYPE_CODES, GROUP_COLUMN, ROW_COLUMN
+from ...plan_row import GROUP_COLUMN, ROW_COLUMN
 from . import launch
-from .device_plan import DevicePlan
+from .device_plan import DTYPES, KEEP_ALL, DevicePlan, plan_of
 from .gradient_norm_units import _gradient_norm_again_kernel, _gradient_norm_kernel
 
 _UNIT, _ROWS = 4096, 32  # of elements; of 128 elements
-_KEEP_ALL = float(1 << 32)
-_TYPES: dict[torch.dtype, Any] = {
-    torch.float32: tl.float32,
-    torch.float64: tl.float64,
-    torch.bfloat16: tl.bfloat16,
-    torch.float16: tl.float16,
-}
-_DTYPES = {code: dtype for dtype, code in DTYPE_CODES.items()}
 
 
 class _Kind(NamedTuple):
@@ -46,7 +37,7 @@ class _Kind(NamedTuple):
         """The constexpr arguments of the kernel."""
         config = launch.config("gradient_norm", generation)
         return {
-            "GRAD": _TYPES[self.grad],
+            "GRAD": launch.TYPES[self.grad],
             "FIXED": self.fixed,
             "BERNOULLI": self.bernoulli,
             "UNITS": config.tile // _UNIT,
@@ -93,10 +84,10 @@ class _Norm:
 
 
 def _kind_of(numbers: Sequence[int], group_table: Tensor, after_mask: bool) -> _Kind:
-    grad = _DTYPES[numbers[ROW_COLUMN["grad_dtype"]]]
+    grad = DTYPES[numbers[ROW_COLUMN["grad_dtype"]]]
     group = group_table[numbers[ROW_COLUMN["group"]]]
     fixed = numbers[ROW_COLUMN["mask_words"]] or numbers[ROW_COLUMN["child_layout"]]
-    bernoulli = float(group[GROUP_COLUMN["threshold"]]) != _KEEP_ALL
+    bernoulli = float(group[GROUP_COLUMN["threshold"]]) != KEEP_ALL
     return _Kind(grad, bool(fixed), bernoulli) if after_mask else _Kind(grad)
 
 
@@ -124,9 +115,7 @@ def gradient_norm(
     capturing: bool,
 ) -> Tensor:
     """Sums of squared gradients (contract: ops.gradient_norm); ``words``: addresses of mask words by row."""
-    device_plan = kept.get("device_plan")
-    if device_plan is None:
-        device_plan = kept["device_plan"] = DevicePlan(rows[0].parameter.device)
+    device_plan = plan_of(rows, kept)
     norm: _Norm | None = kept.get("gradient_norm")
     if capturing:
         _refuse_unready(norm, device_plan, kept, words)
@@ -210,7 +199,7 @@ def variants(generation: str) -> Iterator[launch.Variant]:
         "bernoulli": (False, True),
         "both": (True, True),
     }
-    for dtype, (mask, flags) in itertools.product(_TYPES, masks.items()):
+    for dtype, (mask, flags) in itertools.product(launch.TYPES, masks.items()):
         constants = _Kind(dtype, *flags).constants(generation)
         yield launch.Variant(
             f"gradient_norm-{mask}-{dtype}".replace("torch.", ""),

@@ -21,6 +21,15 @@ from torch import Tensor
 INTERPRETED = bool(triton.knobs.runtime.interpret) and not isinstance(tl.philox, triton.JITFunction)
 
 
+#: Triton's name of every type that weights and gradients may have.
+TYPES: dict[torch.dtype, Any] = {
+    torch.float32: tl.float32,
+    torch.float64: tl.float64,
+    torch.bfloat16: tl.bfloat16,
+    torch.float16: tl.float16,
+}
+
+
 class Config(NamedTuple):
     """How an op is cut up on a generation of GPUs: elements a program, and its warps."""
 
