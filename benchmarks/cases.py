@@ -214,13 +214,13 @@ class Workload:
             parameter.grad = self._random(parameter.shape)
 
     def share_moments(self, optimizer: torch.optim.Optimizer) -> None:
-        """Let an optimizer, which may have stepped, use the moments of those that came before it."""
+        """Let an optimizer, which may have stepped, use the moments and remainders of those before it."""
         if not optimizer.state:
             optimizer.step()  # torch's optimizers make their state in the first step
         moments = self.__dict__.setdefault("_moments", {})
         for name, parameter in self.named:
             state = optimizer.state[parameter]
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in ("exp_avg", "exp_avg_sq", "master_remainder"):
                 if key in state:  # compact moments have other names and are an optimizer's own
                     kind = (name, key, state[key].dtype)
                     state[key] = moments.setdefault(kind, state[key])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 import pytest
 
@@ -123,16 +124,27 @@ TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
 
 
 def _is_slow(task: Task) -> bool:
-    """What has its like beside it: rounding by words, split masters, and fp32 gradients, on some targets."""
-    if not task.variant.startswith("child_adamw") or "-outside-" in task.variant:
-        return False
+    """What has its like beside it: each target reads a few types of a kernel, the first one most of them."""
     parts = task.variant.split("-")
-    widened = parts[2] != parts[3]
-    if draws(task.variant):
-        return task.target != "sm_90" or widened or parts[-1] != "bernoulli"
-    if "split" in parts:
-        return task.target != "sm_90"
-    return widened and task.target not in ("sm_90", "gfx942")
+    if task.target == "sm_90" or task.variant in ("keep_words", "step_scalars"):
+        return parts[0] == "child_adamw" and not (_is_usual(parts) or _draws_or_widens(parts))
+    if parts[0] == "child_adamw":
+        return not _is_usual(parts) or (task.target != "gfx942" and parts[-1] != "bernoulli")
+    if parts[0] == "gradient_norm":
+        return parts[-1] in ("float64", "float16")
+    return task.target != "gfx942"
+
+
+def _is_usual(parts: Sequence[str]) -> bool:
+    """Whether a variant of the step is one that people get who choose no types."""
+    masters = {"float32": [], "float64": [], "bfloat16": ["split"], "float16": ["master"]}
+    kinds = [part for part in parts[4:] if part != "bernoulli"]
+    return parts[2] == parts[3] and kinds == ([] if parts[1] == "outside" else masters[parts[2]])
+
+
+def _draws_or_widens(parts: Sequence[str]) -> bool:
+    """Whether a variant of the step shows what rounding by words, masters or fp32 gradients cost bf16."""
+    return parts[2] != "float16" and parts[-1] == "bernoulli"
 
 
 by_task = pytest.mark.parametrize(

@@ -121,7 +121,7 @@ def cases_for(device: torch.device, tiny: bool) -> dict[str, Case]:
 
 
 def tiny_of(case: Case) -> Case:
-    """A case of the same name with some hundred elements; of the first two, a whole tile and a tail."""
+    """A case of the same name with some hundred elements; two of them have a whole tile and a tail."""
     shapes: Shapes = {"vector": (190,), "bias": (10,)}
     if case.name == BERT_LARGE.name:
         shapes = {"matrix": (67, 64), "bias": (10,)}
