@@ -49,7 +49,7 @@ _PRODUCT = (
     "column_equals and not compact and not plain-original and not bernoulli-torch and not fixed-original "
     "and not fixed_decaying-torch and not both-original and not both_decaying-torch "
     "and not fp32_gradient_no_master and not fp32_master and not stochastic and not bf16_state "
-    "and not fp16_"
+    "and not fp16_ and (not -fixed or fp32-fixed)"
 )
 # Words of all four purposes in each kernel; the other types take the same code.
 _ROUNDED = (
@@ -60,10 +60,10 @@ _SCALED = (
     "every_column and (before_mask-bf16-plain or before_mask-rounded-CT_F or after_mask-fp32-CT_D) "
     "and not dense"
 )
-# An element map gives every type the same elements; those of moments of bf16 are rounded weights' too.
+# An element map gives every type the same elements: two types meet all of them.
 _SHARDS = (
-    "(not alignment or -3) and not -whole- and not fp16 and not fp32_bf16_state "
-    "and not (compact_state and -bf16)"
+    "(not alignment or -3) and not -whole- and not fp32_bf16_state "
+    "and (-fp32 or stochastic or -blocks-fp64 or -blocks-bf16 or huge)"
 )
 _NORM = ("_gradient_norm_kernel", "_gradient_norm_again_kernel")
 _NORM_CASES = (

@@ -124,15 +124,19 @@ TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
 
 
 def _is_slow(task: Task) -> bool:
-    """What has its like beside it: each target reads a few types of a kernel, the first one most of them."""
+    """What has its like beside it: most types of a kernel, and on other targets than sm_90 most kernels."""
     parts = task.variant.split("-")
-    if task.target == "sm_90" or task.variant in ("keep_words", "step_scalars"):
-        return parts[0] == "child_adamw" and not (_is_usual(parts) or _draws_or_widens(parts))
-    if parts[0] == "child_adamw":
-        return not _is_usual(parts) or (task.target != "gfx942" and parts[-1] != "bernoulli")
-    if parts[0] == "gradient_norm":
-        return parts[-1] in ("float64", "float16")
-    return task.target != "gfx942"
+    if parts[0] != "child_adamw":
+        of_all_targets = ("keep_words", "step_scalars")
+        seldom = parts[0] == "gradient_norm" and parts[-1] in ("float64", "float16")
+        return (task.target != "sm_90" or seldom) and task.variant not in of_all_targets
+    bernoulli = parts[-1] == "bernoulli"
+    if task.target != "sm_90":
+        layouts, types = ("dense", "words"), ("float32", "bfloat16")
+        return not (_is_usual(parts) and bernoulli and parts[1] in layouts and parts[2] in types)
+    drawn = "-stochastic-bf16_moments-bernoulli" in task.variant and parts[2] == parts[3]
+    plain = parts[2] == "float32" or parts[1] == "outside"
+    return not (drawn or (_is_usual(parts) and (bernoulli or plain)))
 
 
 def _is_usual(parts: Sequence[str]) -> bool:
@@ -140,11 +144,6 @@ def _is_usual(parts: Sequence[str]) -> bool:
     masters = {"float32": [], "float64": [], "bfloat16": ["split"], "float16": ["master"]}
     kinds = [part for part in parts[4:] if part != "bernoulli"]
     return parts[2] == parts[3] and kinds == ([] if parts[1] == "outside" else masters[parts[2]])
-
-
-def _draws_or_widens(parts: Sequence[str]) -> bool:
-    """Whether a variant of the step shows what rounding by words, masters or fp32 gradients cost bf16."""
-    return parts[2] != "float16" and parts[-1] == "bernoulli"
 
 
 by_task = pytest.mark.parametrize(
