@@ -70,16 +70,28 @@ CHILDTUNE_INLINE Vec decayed(Vec weight, const AdamWScalars<Real>& scalars) {
   return weight - scalars.decay * weight;
 }
 
-// Eq. 8 and 10 for one vector; bit k of `keep` says whether lane k's gradient counts. Returns what eq. 11
-// subtracts from the weight. A factor of one changes no value, so r and b need no test.
+// What eq. 11 makes of the new moments before it divides.
+template <class Vec>
+struct Fraction {
+  Vec numerator;
+  Vec root;
+};
+
+// Eq. 8 and 10 for one vector; bit k of `keep` says whether lane k's gradient counts. A factor of one changes
+// no value, so r and b need no test.
 template <class Real, class Vec>
-CHILDTUNE_INLINE Vec moments_and_update(Vec grad, Vec& exp_avg, Vec& exp_avg_sq, uint64_t keep,
-                                        const AdamWScalars<Real>& scalars) {
+CHILDTUNE_INLINE Fraction<Vec> moments_and_fraction(Vec grad, Vec& exp_avg, Vec& exp_avg_sq, uint64_t keep,
+                                                    const AdamWScalars<Real>& scalars) {
   grad = select(keep, grad * scalars.rescale, Vec{});
   exp_avg = scalars.beta1 * exp_avg + scalars.c1 * grad;
   exp_avg_sq = scalars.beta2 * exp_avg_sq + scalars.c2 * (grad * grad);
-  const Vec root = square_root(exp_avg_sq);
-  return scalars.step_size * exp_avg / (root * scalars.inverse_root + scalars.eps);
+  return {scalars.step_size * exp_avg, square_root(exp_avg_sq)};
+}
+
+// What eq. 11 subtracts from the weight.
+template <class Real, class Vec>
+CHILDTUNE_INLINE Vec quotient(const Fraction<Vec>& fraction, const AdamWScalars<Real>& scalars) {
+  return fraction.numerator / (fraction.root * scalars.inverse_root + scalars.eps);
 }
 
 // Eq. 9 and 11: one vector of weights.

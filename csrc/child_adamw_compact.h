@@ -75,7 +75,7 @@ CHILDTUNE_INLINE Vec step_moments(Vec grad, Real* exp_avgs, Real* exp_avg_sqs, i
   constexpr uint64_t kAll = ~uint64_t(0);
   Vec exp_avg = kWhole ? load<Vec>(exp_avgs) : load_part(exp_avgs, count);
   Vec exp_avg_sq = kWhole ? load<Vec>(exp_avg_sqs) : load_part(exp_avg_sqs, count);
-  const Vec update = moments_and_update(grad, exp_avg, exp_avg_sq, kAll, scalars);
+  const Vec update = quotient(moments_and_fraction(grad, exp_avg, exp_avg_sq, kAll, scalars), scalars);
   if constexpr (kWhole) {
     store(exp_avgs, exp_avg);
     store(exp_avg_sqs, exp_avg_sq);

@@ -75,8 +75,8 @@ __attribute__((noinline)) void run_gathered_block(const PlanRow& row, const RowS
   if (state.master != nullptr) __builtin_memcpy(state.master, master, master_bytes);
 }
 
-// Whole blocks, two at a time, of a contiguous tensor without a fixed mask whose elements begin at a block's
-// start. Returns the first block that is left.
+// Whole blocks of a contiguous tensor without a fixed mask whose elements begin at a block's start: with many
+// registers two at a time, else by draws. Returns the first block that is left.
 // Not inlined, with a step of its own: the scalars stay in registers (35 to 31 cycles for 16 elements), and
 // the compiler does not derive its flags anew for every vector.
 template <class T>
@@ -84,6 +84,14 @@ __attribute__((noinline)) int64_t run_bernoulli_blocks(const PlanRow& row, const
                                                        int64_t first_block, int64_t last_block) {
   const RowStep<typename T::Real> step = shared;
   uint64_t element = uint64_t(row.element_map.base + first_block * kBlock);
+  if constexpr (!kManyRegisters) {
+    uint64_t kept = keep_bits_aligned(step.stream, element, step.threshold);
+    for (int64_t local = first_block * kBlock; local < last_block * kBlock; local += kDrawElements) {
+      element += kDrawElements;
+      kept = update_and_draw(block_at<T>(row, local, {}), kept, step, element);
+    }
+    return last_block;
+  }
   uint64_t keep[kStretchBlocks];
   for (int block = 0; block < kStretchBlocks; ++block)
     keep[block] = keep_bits_aligned(step.stream, element + uint64_t(block * kBlock), step.threshold);
@@ -124,7 +132,7 @@ void run_dense_units(const PlanRow& row, const RowStep<typename T::Real>& step, 
   int64_t first_block = first_unit * kUnitBlocks;
   const int64_t last_block = last_unit * kUnitBlocks < blocks ? last_unit * kUnitBlocks : blocks;
   const bool aligned = row.element_contiguous && row.storage_contiguous && row.element_map.base % kBlock == 0;
-  if constexpr (kManyRegisters && !T::kDraws) {
+  if constexpr (!T::kDraws) {
     if (step.bernoulli && aligned && row.mask_words == 0) {
       const int64_t end = last_block < whole_blocks ? last_block : whole_blocks;
       if (first_block + kStretchBlocks <= end) first_block = run_bernoulli_blocks<T>(row, step, first_block, end);
