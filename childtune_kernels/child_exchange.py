@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import parameters, state_tensors
+from . import parameters, sharding, state_tensors
 from .child_mask import ChildMask
 from .group_options import group_numbers
 
@@ -34,10 +34,11 @@ def states_of_child(
         group_numbers(group, bool(words), f"group {number}")
         for label, parameter in zip(group["param_names"], group["params"], strict=True):
             own = words.get(label)
+            part = sharding.local_of(parameter)
             if keep:
                 current = state_tensors.state_of(label, parameter, states)
-                state = state_tensors.moved_state(label, parameter, current, own, group)
+                state = state_tensors.moved_state(label, part, current, own, group)
             else:
-                state = state_tensors.initial_state(label, parameter, own, group)
+                state = state_tensors.initial_state(label, part, own, group)
             found.append((parameter, state))
     return found

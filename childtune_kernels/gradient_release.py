@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from . import child_layout, graph_capture
+from . import child_layout, graph_capture, sharding
 from .child_gradients import ChildGradients
 from .state_tensors import state_of
 from .step_plan import StepPlan
@@ -64,6 +64,12 @@ class GradientRelease:
             raise ValueError(
                 "compact_gradients=True keeps the gradients of a child, and no parameter has a fixed mask; "
                 "use compact_gradients=False, or give the optimizer a child_mask"
+            )
+        members = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        if compact_gradients and any(map(sharding.is_sharded, members)):
+            raise ValueError(
+                "compact_gradients=True is for parameters of one device, and some are DTensors, whose "
+                "gradients are sharded already; use compact_gradients=False"
             )
         self._optimizer = weakref.ref(optimizer)
         self._compact = compact_gradients
@@ -229,8 +235,9 @@ class GradientRelease:
                 self._kept.add(label, parameter, state)
             else:
                 plan = self._plan_of(optimizer, label, parameter, group)
-                plan.refresh()
-                plan.run()
+                with sharding.gradients_of_parts(plan.sharded_rows):
+                    plan.refresh()
+                    plan.run()
                 self._updated[parameter] = label
             parameter.grad = None
 
@@ -273,6 +280,7 @@ class GradientRelease:
             or plan.groups[0] is not group
             or plan.rows[0].label != label
             or plan.rows[0].state is not optimizer.state.get(parameter)
+            or not sharding.parts_stand(plan.sharded_rows)
         ):
             plan = optimizer._planner.plan_of(label, parameter, optimizer.state, group)
             self._plans[parameter] = plan

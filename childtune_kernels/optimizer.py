@@ -16,6 +16,7 @@ from . import (
     graph_capture,
     parameters,
     registry,
+    sharding,
     state_dicts,
     state_tensors,
 )
@@ -32,7 +33,6 @@ from .group_options import (
 )
 from .step_planner import StepPlanner
 from .summary import summary_table
-from .weight_formats import full_precision
 
 
 class FusedChildAdamW(Optimizer):
@@ -172,8 +172,8 @@ class FusedChildAdamW(Optimizer):
         check_shared([*self.param_groups, group])
         group["params"], group["param_names"] = tensors, labels
         states = [
-            state_tensors.initial_state(label, tensor, words.get(label), group)
-            for label, tensor in zip(labels, tensors, strict=True)
+            state_tensors.initial_state(label, part, words.get(label), group)
+            for label, part in zip(labels, map(sharding.local_of, tensors), strict=True)
         ]
         super().add_param_group(group)
         self.state.update(zip(tensors, states, strict=True))
@@ -371,10 +371,7 @@ class FusedChildAdamW(Optimizer):
 
         Source: SPEC.md, eq. 12 and 17.
         """
-        return {
-            label: full_precision(parameter, state_tensors.state_of(label, parameter, self.state))
-            for label, parameter in parameters.by_label(self.param_groups)
-        }
+        return state_dicts.master_weights(self.param_groups, self.state)
 
     def state_bytes(self) -> int:
         """Bytes of all state tensors: moments, master weights, mask words and steps."""

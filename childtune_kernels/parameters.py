@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from . import ops
+from . import ops, sharding
 from .child_mask import ChildMask
 from .labels import is_positional, label_of, positional_label
 from .plan_row import strided_map
@@ -66,7 +66,8 @@ def labelled(
 def _check_memory(members: Sequence[tuple[str, Tensor]], where: str) -> None:
     """Refuse a tensor twice, and contiguous ones that share a byte: two threads would update it."""
     spans = []
-    for order, (label, tensor) in enumerate(members):
+    for order, (label, member) in enumerate(members):
+        tensor = sharding.local_of(member)
         start = tensor.data_ptr() if tensor.numel() else id(tensor)
         contiguous = tensor.numel() > 0 and tensor.is_contiguous()
         end = start + tensor.numel() * tensor.element_size() if contiguous else start + 1
@@ -98,6 +99,8 @@ def _split_names(params: Any, where: str) -> tuple[list[str] | None, list[Tensor
 
 
 def _check_tensor(label: str, tensor: Tensor) -> None:
+    sharding.element_map_of(label, tensor)
+    tensor = sharding.local_of(tensor)
     ops.check_parameter(label, tensor)
     try:
         strided_map(tensor.shape, tensor.stride())
@@ -109,6 +112,8 @@ def mask_words(
     mask: ChildMask | None, labels: Sequence[str], parameters: Sequence[Tensor]
 ) -> dict[str, Tensor]:
     """Copies of the mask words of the parameters in a mask's scope, on the parameters' devices.
+
+    Of a sharded parameter they are those of this rank's part.
 
     Raises:
         ValueError: no ChildMask, parameters without names, a parameter that the mask does not know or
@@ -148,7 +153,8 @@ def mask_words(
                 f"child_mask: {label} has shape {tuple(mask.shapes[label])} in the mask and "
                 f"{tuple(parameter.shape)} in the optimizer; make the mask from this model"
             )
-        words[label] = mask.words[label].to(parameter.device, copy=True)
+        of_part = sharding.words_of_part(label, mask.words[label], parameter)
+        words[label] = of_part.to(parameter.device, copy=True)
     return words
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import child_layout, ops, saved_groups, state_tensors, weight_formats
+from . import child_layout, ops, parameters, saved_groups, sharding, state_tensors, weight_formats
 from .group_options import check_spelling, group_numbers
 
 # What an optimizer keeps its state in, and the value that asks for nothing.
@@ -28,7 +28,7 @@ def packed(groups: Groups, states: Mapping[Tensor, State]) -> dict[str, Any]:
     number = {id(parameter): index for index, parameter in enumerate(members)}
     return {
         "state": {
-            number[id(parameter)]: state_tensors.saved_state(parameter, states[parameter])
+            number[id(parameter)]: _saved_state(parameter, states[parameter])
             for parameter in members
             if states.get(parameter)
         },
@@ -37,6 +37,32 @@ def packed(groups: Groups, states: Mapping[Tensor, State]) -> dict[str, Any]:
             for group in groups
         ],
     }
+
+
+def _saved_state(parameter: Tensor, state: State) -> dict[str, Any]:
+    """One parameter's state; of a sharded one what has a value a weight is sharded alike."""
+    saved = state_tensors.saved_state(sharding.local_of(parameter), state)
+    if not sharding.is_sharded(parameter):
+        return saved
+    if child_layout.has_child(state):
+        raise NotImplementedError(
+            "state_dict() of sharded parameters with a child_mask is not there yet: a part's mask words are "
+            "no part of the whole mask's; save the model, or train without a fixed mask"
+        )
+    return {
+        name: sharding.placed_as(value, parameter) if name in state_tensors.ELEMENTWISE else value
+        for name, value in saved.items()
+    }
+
+
+def master_weights(groups: Groups, states: Mapping[Tensor, State]) -> dict[str, Tensor]:
+    """Every parameter in full precision, by label; sharded ones are placed as they are."""
+    weights = {}
+    for label, parameter in parameters.by_label(groups):
+        state = state_tensors.state_of(label, parameter, states)
+        weight = weight_formats.full_precision(sharding.local_of(parameter), state)
+        weights[label] = sharding.placed_as(weight, parameter)
+    return weights
 
 
 def restored(
@@ -107,6 +133,7 @@ def _restored_state(
 ) -> dict[str, Tensor]:
     # A flat state dict that lacks a key of the live state gives an empty dict for it.
     saved = {name: value for name, value in saved.items() if not _is_empty_dict(value)}
+    saved, parameter = _of_part(label, parameter, saved), sharding.local_of(parameter)
     if "max_exp_avg_sq" in saved:
         raise ValueError(f"state of {label}: max_exp_avg_sq of amsgrad=True is not supported")
     current_words = child_layout.mask_words(current, parameter.numel())
@@ -121,6 +148,25 @@ def _restored_state(
     if own:
         _warn_of_other_mask(label, words, current_words)
     return restored_state
+
+
+def _of_part(label: str, parameter: Tensor, saved: State) -> State:
+    """Of a saved state what goes with this rank's part of the parameter, however the state is sharded."""
+    read = dict(saved)
+    for name in state_tensors.ELEMENTWISE:
+        value = saved.get(name)
+        if not isinstance(value, Tensor) or value.shape != parameter.shape:
+            continue
+        if sharding.is_sharded(value) and not sharding.is_sharded(parameter):
+            raise ValueError(
+                f"state {name} of {label} is a DTensor in the state dict, and the parameter is not sharded; "
+                "call full_tensor() on it, on all ranks"
+            )
+        read[name] = sharding.part_of(label, value, parameter)
+    if sharding.is_sharded(parameter) and saved.get("mask_words") is not None:
+        ops.check_words(label, saved["mask_words"], parameter.numel())
+        read["mask_words"] = sharding.words_of_part(label, saved["mask_words"], parameter)
+    return read
 
 
 def _read_state(

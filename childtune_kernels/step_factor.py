@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, registry
+from . import ops, registry, sharding
 from .step_plan import StepPlan
 
 
@@ -58,14 +58,15 @@ def step_factors(
 
 
 def _sums(plans: Sequence[StepPlan], after_mask: bool, capturing: bool) -> list[Tensor]:
-    """Σ and Σ' over all plans, on the device of each."""
-    found = []
-    for plan in plans:
-        choice = registry.choose("gradient_norm", plan.device, plan.choice.backend)
-        tables = plan.rows, plan.row_table, plan.group_table
-        found.append(ops.gradient_norm(*tables, choice, plan.kept, after_mask, capturing))
+    """Σ and Σ' over all plans, and where parameters are sharded all ranks, on the device of each."""
+    found = [_sums_of_plan(plan, after_mask, capturing) for plan in plans]
+    sharded = any(plan.sharded_rows for plan in plans)
     if len(plans) == 1:
-        return found
+        return [sharding.sum_over_ranks(found[0])] if sharded else found
+    if sharded:
+        for other in found[1:]:
+            found[0] = found[0] + other.to(found[0].device)
+        found = [sharding.sum_over_ranks(found[0])]
     totals = []
     for plan in plans:
         total = found[0].to(plan.device, non_blocking=True)
@@ -73,6 +74,20 @@ def _sums(plans: Sequence[StepPlan], after_mask: bool, capturing: bool) -> list[
             total = total + other.to(plan.device, non_blocking=True)
         totals.append(total)
     return totals
+
+
+def _sums_of_plan(plan: StepPlan, after_mask: bool, capturing: bool) -> Tensor:
+    """Σ and Σ' of the rows that this rank counts."""
+    choice = registry.choose("gradient_norm", plan.device, plan.choice.backend)
+    rows, row_table, kept = plan.rows, plan.row_table, plan.kept
+    if plan.sharded_rows:
+        counted = sharding.counted(plan.rows)
+        if not counted:
+            return torch.zeros(2, dtype=torch.float64, device=plan.device)
+        if len(counted) < len(rows):
+            rows, row_table = [rows[index] for index in counted], row_table[counted]
+            kept = kept.setdefault("counted", {})
+    return ops.gradient_norm(rows, row_table, plan.group_table, choice, kept, after_mask, capturing)
 
 
 def _scalar(value: Any, device: torch.device) -> Tensor | None:

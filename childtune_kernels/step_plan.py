@@ -44,7 +44,7 @@ class Row:
     """One tensor of a plan: what a kernel that takes tensors reads, and what the table is made of.
 
     ``state`` is the parameter's entry in ``optimizer.state`` (SPEC.md, section 5); ``group_index``
-    counts the groups of this plan.
+    counts the groups of this plan. Of a ``sharded`` parameter, ``parameter`` is this rank's part.
     """
 
     label: str
@@ -53,6 +53,7 @@ class Row:
     group_index: int
     philox_key: int
     element_map: IndexMap
+    sharded: Tensor | None = None
     numbers: GroupNumbers | None = None
     active: bool = False
     masked: bool = field(init=False)
@@ -160,14 +161,12 @@ class StepPlan:
         self, rows: Sequence[Row], groups: Sequence[dict[str, Any]], choice: registry.Choice
     ) -> None:
         self.rows = list(rows)
+        self.sharded_rows = [row for row in self.rows if row.sharded is not None]
         self.groups = list(groups)
         self.choice = choice
         self.device = rows[0].parameter.device
-        self.observer = registry.choose(
-            "observe",
-            self.device,
-            "reference" if choice.backend == "reference" else None,
-        )
+        observed_by = "reference" if choice.backend == "reference" else None
+        self.observer = registry.choose("observe", self.device, observed_by)
         self._row_data = array("q", bytes(8 * ROW_WIDTH * len(self.rows)))
         self._group_data = array("d", bytes(8 * GROUP_WIDTH * len(self.groups)))
         self.row_table = torch.frombuffer(self._row_data, dtype=torch.int64).view(-1, ROW_WIDTH)

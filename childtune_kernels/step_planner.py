@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graph_capture, ops, registry, state_tensors
+from . import graph_capture, ops, registry, sharding, state_tensors
 from .group_options import check_seed, check_shared
 from .labels import philox_key
-from .plan_row import contiguous_map
 from .step_factor import StepFactor, step_factors
 from .step_plan import Row, StepPlan, check_row
 
@@ -31,6 +30,7 @@ class StepPlanner:
         self.backend = backend
         self.captures = graph_capture.Captures()
         self.plans: list[StepPlan] | None = None
+        self._sharded: list[Row] = []
         self._planned: list[Any] = []
         self._seen: tuple[Any, Any] = _NOTHING_SEEN
         self._shared: Any = None  # what was seen of options when groups were last found to agree
@@ -59,20 +59,32 @@ class StepPlanner:
         # What is made in inference mode could never be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
             standing = self._standing_plans(groups, states)
-            capturing = graph_capture.check_start(groups, standing)
+            with sharding.gradients_of_parts(self._sharded if standing else []):
+                capturing = graph_capture.check_start(groups, standing)
             plans = self._new_plans(groups, states) if standing is None else standing
-            for plan in plans:
-                plan.refresh(self._seen[1])
-            self.captures.check_unmoved(plans)
-            if self._seen[1] != self._shared:
-                check_shared(groups)
-                self._shared = self._seen[1]
-            factors = step_factors(plans, groups[0], grad_scale, found_inf, capturing)
-            for plan, factor in zip(plans, factors, strict=True):
-                plan.run(factor, capturing)
-            self._factor = factors[0] if factors else None
-            if capturing:
-                self.captures.add(plans, factors)
+            with sharding.gradients_of_parts(self._sharded):
+                self._step(plans, groups, capturing, grad_scale, found_inf)
+
+    def _step(
+        self,
+        plans: list[StepPlan],
+        groups: Groups,
+        capturing: bool,
+        grad_scale: Any,
+        found_inf: Any,
+    ) -> None:
+        for plan in plans:
+            plan.refresh(self._seen[1])
+        self.captures.check_unmoved(plans)
+        if self._seen[1] != self._shared:
+            check_shared(groups)
+            self._shared = self._seen[1]
+        factors = step_factors(plans, groups[0], grad_scale, found_inf, capturing)
+        for plan, factor in zip(plans, factors, strict=True):
+            plan.run(factor, capturing)
+        self._factor = factors[0] if factors else None
+        if capturing:
+            self.captures.add(plans, factors)
 
     def check(self, groups: Groups, states: dict[Tensor, Any]) -> None:
         """Refuse what a step would refuse now; nothing is stepped.
@@ -81,9 +93,11 @@ class StepPlanner:
             ValueError: an option, state or gradient that does not fit.
         """
         with torch.inference_mode(False), torch.no_grad():
-            for plan in self._standing_plans(groups, states) or self._new_plans(groups, states):
-                plan.refresh(self._seen[1])
-                plan.drop_copies()
+            plans = self._standing_plans(groups, states) or self._new_plans(groups, states)
+            with sharding.gradients_of_parts(self._sharded):
+                for plan in plans:
+                    plan.refresh(self._seen[1])
+                    plan.drop_copies()
 
     def plan_of(
         self, label: str, parameter: Tensor, states: Mapping[Tensor, Any], group: dict[str, Any]
@@ -94,8 +108,9 @@ class StepPlanner:
             ValueError: its state is missing or does not fit.
         """
         row = row_of(label, parameter, states, 0, group)
-        row.state["step"] = row.step.to(parameter.device)
-        choice = registry.choose("child_adamw", parameter.device, self.backend)
+        device = row.parameter.device
+        row.state["step"] = row.step.to(device)
+        choice = registry.choose("child_adamw", device, self.backend)
         return StepPlan([row], [group], choice)
 
     @property
@@ -115,7 +130,7 @@ class StepPlanner:
         plans, before = self.plans, self._seen
         if plans:
             seen = ops.observe_groups(groups, states, before, plans[0].observer)
-            if seen[0] == before[0]:
+            if seen[0] == before[0] and sharding.parts_stand(self._sharded):
                 self._seen = seen
                 return plans
         return None
@@ -128,6 +143,7 @@ class StepPlanner:
             members = (group["params"][:] for group in groups)
             self._planned = [groups[:], *members, *states.values()]
         self.plans = plans
+        self._sharded = [row for plan in plans for row in plan.sharded_rows]
         return plans
 
     def _make_plans(self, all_groups: Groups, states: Mapping[Tensor, Any]) -> list[StepPlan]:
@@ -137,11 +153,12 @@ class StepPlanner:
         for number, group in enumerate(all_groups):
             check_group(group, f"group {number}")
             for label, parameter in zip(group["param_names"], group["params"], strict=True):
-                of_device = groups.setdefault(parameter.device, [])
+                device = sharding.local_of(parameter).device
+                of_device = groups.setdefault(device, [])
                 if not of_device or of_device[-1] is not group:
                     of_device.append(group)
                 row = row_of(label, parameter, states, len(of_device) - 1, group)
-                members.setdefault(parameter.device, []).append(row)
+                members.setdefault(device, []).append(row)
         plans = []
         for device, rows in members.items():
             choice = registry.choose("child_adamw", device, self.backend)
@@ -178,14 +195,16 @@ def row_of(
     Raises:
         ValueError: no kernel can update it, or its state is missing or does not fit.
     """
-    ops.check_parameter(label, parameter)
+    part = sharding.local_of(parameter)
+    ops.check_parameter(label, part)
     row = Row(
         label=label,
-        parameter=parameter,
+        parameter=part,
         state=state_tensors.state_of(label, parameter, states),
         group_index=group_index,
         philox_key=philox_key(group["seed"], label),
-        element_map=contiguous_map(parameter.numel()),
+        element_map=sharding.element_map_of(label, parameter),
+        sharded=None if part is parameter else parameter,
     )
     check_row(row)
     return row

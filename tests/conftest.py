@@ -17,6 +17,7 @@ from childtune_kernels.backends import cpp
 from .columns import COLUMNS, CPP, REFERENCE, TRITON, Column, interpreted
 from .launch_record import LaunchRecord
 from .quick_interpreter import quicken_interpreter
+from .ranks import Ranks
 
 FIXTURES = ("column", "backend")
 
@@ -138,3 +139,11 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(count)
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Ranks]:
+    """Processes that torch.distributed connects, started at the first use."""
+    ranks = Ranks()
+    yield ranks
+    ranks.stop()

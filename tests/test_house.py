@@ -31,6 +31,7 @@ FLOORS: list[set[str]] = [
         "fisher_files",
         "fisher_scope",
         "radix_select",
+        "sharding",
         "smallest_words",
         "weight_bits",
     },

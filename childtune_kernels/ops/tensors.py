@@ -20,7 +20,7 @@ def check_parameter(label: str, parameter: Tensor) -> None:
 
     Raises:
         ValueError: complex, sparse, another type than fp32, fp64, bf16 and fp16, or a tensor without
-            memory of its own (on the meta device, or a wrapper as DTensor is).
+            memory of its own (on the meta device).
     """
     if parameter.layout != torch.strided:
         raise ValueError(f"parameter {label}: layout {parameter.layout}; only dense tensors train")
@@ -32,7 +32,7 @@ def check_parameter(label: str, parameter: Tensor) -> None:
     if parameter.numel() and parameter.data_ptr() == 0:
         raise ValueError(
             f"parameter {label}: a {type(parameter).__name__} on {parameter.device} has no memory of "
-            "its own; materialise it first (DTensor is not supported yet)"
+            "its own; materialise it first"
         )
 
 

@@ -1,0 +1,244 @@
+"""What of a sharded parameter lies on this rank, and which elements those are (SPEC.md, section 10)."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .plan_row import IndexMap, contiguous_map, strided_map
+
+# Counts and strides of positions along one dimension, outermost first.
+_Levels = list[tuple[int, int]]
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether a tensor is a DTensor, of which this rank holds a part (or a replica)."""
+    # Nobody has a DTensor whose module was never imported; importing it takes a second.
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local_of(tensor: Tensor) -> Tensor:
+    """The part of a tensor that this rank holds: memory that kernels can work on, of a plain one itself."""
+    if not is_sharded(tensor):
+        return tensor
+    local: Any = tensor._local_tensor  # type: ignore[attr-defined]
+    # A gradient that a collective is still writing.
+    return local.wait() if hasattr(local, "wait") else local
+
+
+def parts_stand(rows: Iterable[Any]) -> bool:
+    """Whether the parts that rows of sharded parameters know are still theirs."""
+    return all(local_of(row.sharded) is row.parameter for row in rows)
+
+
+@contextmanager
+def gradients_of_parts(rows: Sequence[Any]) -> Iterator[None]:
+    """Inside the block the parts of sharded parameters have their parts of the gradients as ``.grad``.
+
+    A gradient that is placed otherwise than its parameter, as the unsummed one of a replicated weight, is
+    brought to the parameter's placements: a collective of the ranks that hold it.
+
+    Args:
+        rows: of a plan (step_plan.Row), all of them of ``sharded`` parameters.
+    """
+    try:
+        for row in rows:
+            _give_gradient(row.label, row.sharded, row.parameter)
+        yield
+    finally:
+        for row in rows:
+            row.parameter.grad = None
+
+
+def _give_gradient(label: str, sharded: Any, part: Tensor) -> None:
+    grad = sharded.grad
+    if grad is None:
+        part.grad = None
+        return
+    if not is_sharded(grad) or grad.shape != sharded.shape:
+        raise ValueError(
+            f"gradient of {label}: a {type(grad).__name__} of shape {tuple(grad.shape)} for a DTensor of "
+            f"shape {tuple(sharded.shape)}; let backward make it, or place it as the parameter is"
+        )
+    if grad.placements != sharded.placements or grad.device_mesh != sharded.device_mesh:
+        grad = grad.redistribute(sharded.device_mesh, sharded.placements)
+    of_part = local_of(grad)
+    if of_part.dtype != part.dtype and part.grad_dtype is not None:
+        part.grad_dtype = None  # any: ops.check_gradient says which will do
+    part.grad = of_part
+
+
+def element_map_of(label: str, tensor: Tensor) -> IndexMap:
+    """Which elements of the whole parameter this rank's part has (SPEC.md, eq. 5).
+
+    Raises:
+        ValueError: placements that four levels cannot express, unsummed values, or a part of another
+            shape than its placements say.
+    """
+    if not is_sharded(tensor):
+        return contiguous_map(tensor.numel())
+    local = local_of(tensor)
+    if local.numel() == 0:
+        return contiguous_map(0)
+    sharded: Any = tensor
+    positions = _positions(label, sharded)
+    if tuple(map(len, positions)) != tuple(local.shape):
+        raise ValueError(
+            f"{_described(label, sharded)} holds {tuple(local.shape)} on this rank, and not "
+            f"{tuple(map(len, positions))}, as its placements say; make it with distribute_tensor"
+        )
+    sizes, strides, base = [], [], 0
+    for dim, of_dim in enumerate(positions):
+        stride = math.prod(tensor.shape[dim + 1 :])
+        base += of_dim[0] * stride
+        levels = _levels(of_dim)
+        if levels is None:
+            raise ValueError(
+                f"{_described(label, sharded)}: the positions of this rank's part along dimension {dim} "
+                "follow no regular steps; shard evenly, or along another dimension"
+            )
+        sizes += [size for size, _ in levels]
+        strides += [step * stride for _, step in levels]
+    try:
+        return strided_map(sizes, strides, base)
+    except ValueError as error:
+        raise ValueError(f"{_described(label, sharded)}: {error}; shard fewer dimensions") from None
+
+
+def _positions(label: str, tensor: Any) -> list[Sequence[int]]:
+    """For every dimension of the whole tensor, the positions that this rank holds."""
+    found: list[Sequence[int]] = [range(size) for size in tensor.shape]
+    coordinate = tensor.device_mesh.get_coordinate()
+    if coordinate is None:
+        return [range(0) for _ in tensor.shape]
+    mesh_shape = tensor.device_mesh.shape
+    for placement, count, index in zip(tensor.placements, mesh_shape, coordinate, strict=True):
+        if placement.is_partial():
+            raise ValueError(
+                f"{_described(label, tensor)} has unsummed values; redistribute it before training"
+            )
+        if not hasattr(placement, "dim"):
+            continue
+        # FSDP over tensor parallelism cuts what the other has cut already: each piece for itself.
+        pieces = _chunks(found[placement.dim], getattr(placement, "split_factor", 1))
+        mine = [_chunks(piece, count)[index] for piece in pieces]
+        found[placement.dim] = mine[0] if len(mine) == 1 else [at for part in mine for at in part]
+    return found
+
+
+def _chunks(positions: Sequence[int], count: int) -> list[Sequence[int]]:
+    """As ``torch.chunk`` cuts: equal pieces, the last ones shorter or empty."""
+    size = max(1, -(-len(positions) // count))
+    return [positions[index * size : (index + 1) * size] for index in range(count)]
+
+
+def _levels(positions: Sequence[int]) -> _Levels | None:
+    """Positions as regular steps of regular steps, outermost first; None where they are not."""
+    if isinstance(positions, range) or len(positions) < 2:
+        return [(len(positions), 1)]
+    step = positions[1] - positions[0]
+    run = next(
+        (at for at, (a, b) in enumerate(pairwise(positions), 1) if b - a != step), len(positions)
+    )
+    if run == len(positions):
+        return [(run, step)]
+    inner = range(0, run * step, step)
+    starts = positions[::run]
+    if any(
+        start + offset != at
+        for block, start in enumerate(starts)
+        for offset, at in zip(inner, positions[block * run : (block + 1) * run], strict=False)
+    ):
+        return None
+    outer = _levels(starts)
+    return None if outer is None or len(positions) % run else [*outer, (run, step)]
+
+
+def _described(label: str, tensor: Any) -> str:
+    placements = ", ".join(map(str, tensor.placements))
+    mesh = "×".join(map(str, tensor.device_mesh.shape))
+    return (
+        f"parameter {label}, a DTensor of shape {tuple(tensor.shape)} with placements ({placements}) on a "
+        f"mesh of {mesh} ranks"
+    )
+
+
+def words_of_part(label: str, words: Tensor, tensor: Tensor) -> Tensor:
+    """Of the mask words of a whole parameter those of this rank's part."""
+    if not is_sharded(tensor):
+        return words
+    part = _cut(ops.unpack_mask(words, tensor.shape), _positions(label, tensor))
+    return ops.pack_mask(part.contiguous())
+
+
+def part_of(label: str, value: Tensor, tensor: Tensor) -> Tensor:
+    """Of a value a weight, of a whole parameter or sharded in any way, what goes with this rank's part."""
+    if not is_sharded(tensor):
+        return value
+    like: Any = tensor
+    if is_sharded(value):
+        return local_of(value.redistribute(like.device_mesh, like.placements))  # type: ignore[attr-defined]
+    return _cut(value, _positions(label, tensor))
+
+
+def _cut(whole: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
+    for dim, of_dim in enumerate(positions):
+        if isinstance(of_dim, range):
+            whole = whole.narrow(dim, of_dim.start if of_dim else 0, len(of_dim))
+        else:
+            whole = whole.index_select(dim, torch.tensor(of_dim, device=whole.device))
+    return whole
+
+
+def placed_as(part: Tensor, tensor: Tensor) -> Tensor:
+    """A value a weight of this rank's part as the DTensor that it is a part of; of a plain tensor itself."""
+    if not is_sharded(tensor):
+        return part
+    like: Any = tensor
+    strides = [math.prod(like.shape[dim + 1 :]) for dim in range(like.dim())]
+    made: Tensor = type(like.detach()).from_local(
+        part,
+        like.device_mesh,
+        like.placements,
+        run_check=False,
+        shape=like.shape,
+        stride=tuple(strides),
+    )
+    return made
+
+
+def counted(rows: Sequence[Any]) -> list[int]:
+    """Which rows this rank counts where something is summed over ranks: of replicas the first one."""
+    first_rank = torch.distributed.get_rank() == 0
+    return [
+        index
+        for index, row in enumerate(rows)
+        if (first_rank if row.sharded is None else _is_first_replica(row.sharded))
+    ]
+
+
+def _is_first_replica(tensor: Any) -> bool:
+    coordinate = tensor.device_mesh.get_coordinate()
+    return coordinate is not None and not any(
+        index and placement.is_replicate()
+        for index, placement in zip(coordinate, tensor.placements, strict=True)
+    )
+
+
+def sum_over_ranks(values: Tensor) -> Tensor:
+    """The sum of all ranks' values, in the order of the ranks: the same bits on each."""
+    gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(gathered, values)
+    total = gathered[0]
+    for other in gathered[1:]:
+        total = total + other
+    return total
