@@ -107,7 +107,8 @@ class Recording:
         gradient, parameter.grad = parameter.grad, None
         if gradient is None:
             raise RuntimeError(
-                f"another hook has taken the gradient of {label} away; one accumulator can record at a time"
+                f"another hook has taken the gradient of {label} away: a second accumulator that records, or "
+                "an optimizer's release_gradients(), which has then stepped; end that one first"
             )
         with self._lock:
             record = self._current_record()

@@ -11,6 +11,9 @@ from torch.optim import Optimizer
 Schedule = Callable[[int], Any]
 
 
+_FIXED = ("params", "param_names", "seed", "wrote_outside_child")
+
+
 class OptionScheduler:
     """Sets an option of an optimizer's groups to a function of the step, as ``LambdaLR`` does for lr.
 
@@ -27,13 +30,18 @@ class OptionScheduler:
     Changes in place: the groups' option, to ``schedule(0)`` at construction; a tensor is filled.
 
     Raises:
-        ValueError: a group without the option, or a list of another length than the groups.
+        ValueError: an option that never moves (the seed, members, names), a group without the option, or a
+            list of another length than the groups.
     """
 
     def __init__(
         self, optimizer: Optimizer, option: str, schedule: Schedule | Sequence[Schedule | None]
     ) -> None:
         groups = optimizer.param_groups
+        if option in _FIXED:
+            raise ValueError(
+                f"option={option!r} stays as it is for a whole run; move a number such as reserve_p"
+            )
         for number, group in enumerate(groups):
             if option not in group:
                 raise ValueError(

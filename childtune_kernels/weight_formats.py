@@ -124,9 +124,14 @@ def check_types(label: str, parameter: Tensor, group: Mapping[str, Any]) -> None
     """
     kind = master_kind(parameter, group["master_weight"])
     if kind in ("split", "stochastic") and parameter.dtype != torch.bfloat16:
+        why = (
+            "16 bits more do not hold its master"
+            if kind == "split"
+            else "it is not rounded at random"
+        )
         raise ValueError(
-            f"master_weight={kind!r} is for bfloat16, and {label} is of {parameter.dtype}: 16 bits more do "
-            "not hold its master; use master_weight='fp32' or 'auto' in its group"
+            f"master_weight={kind!r} is for bfloat16, and {label} is of {parameter.dtype}: {why}; "
+            "use master_weight='fp32' or 'auto' in its group"
         )
     if group["state_dtype"] is not None and parameter.dtype == torch.float64:
         raise ValueError(

@@ -372,7 +372,7 @@ def test_one_recording_at_a_time() -> None:
             with pytest.raises(RuntimeError, match="is recording"):
                 use()
     with (
-        pytest.raises(RuntimeError, match="one accumulator can record at a time"),
+        pytest.raises(RuntimeError, match="a second accumulator that records"),
         fisher.recording(),
         other.recording(),
     ):

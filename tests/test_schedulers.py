@@ -294,6 +294,9 @@ def test_option_schedulers_refuse_what_does_not_fit() -> None:
     optimizer = FusedChildAdamW(parameters.items(), lr=0.1)
     with pytest.raises(ValueError, match=r"option='reserve' is not in group 0; it has .*reserve_p"):
         OptionScheduler(optimizer, "reserve", rising)
+    for fixed in ("seed", "param_names"):
+        with pytest.raises(ValueError, match=f"option='{fixed}' stays as it is"):
+            OptionScheduler(optimizer, fixed, rising)
     with pytest.raises(ValueError, match="2 functions for 1 groups"):
         OptionScheduler(optimizer, "reserve_p", [rising, rising])
     scheduler = OptionScheduler(optimizer, "reserve_p", rising)

@@ -52,9 +52,10 @@ struct Child {
   }
 };
 
+// `whole`: without a fixed mask, from a block's first element on, as most tensors are.
 template <class Real>
 void step(const Kernels& kernels, int64_t layout, int64_t dtype, int64_t grad_dtype, size_t weight_bytes, size_t grad_bytes,
-          double reserve_p, bool master, bool original) {
+          double reserve_p, bool master, bool original, bool whole = false) {
   const int64_t numel = 1003;
   std::vector<unsigned char> weight(numel * weight_bytes), grad(numel * grad_bytes);
   std::vector<Real> exp_avg(numel, Real(0)), exp_avg_sq(numel, Real(0)), masters(numel, Real(0));
@@ -76,10 +77,11 @@ void step(const Kernels& kernels, int64_t layout, int64_t dtype, int64_t grad_dt
   row.active = 1, row.numel = numel, row.weight_dtype = dtype, row.grad_dtype = grad_dtype;
   row.weight = int64_t(weight.data()), row.grad = int64_t(grad.data());
   row.exp_avg = int64_t(exp_avg.data()), row.exp_avg_sq = int64_t(exp_avg_sq.data());
-  row.master_weight = master ? int64_t(masters.data()) : 0, row.mask_words = int64_t(words.data());
+  row.master_kind = master ? 1 : 0, row.master = master ? int64_t(masters.data()) : 0;
+  row.mask_words = whole ? 0 : int64_t(words.data());
   row.step = int64_t(&steps), row.philox_key = 0x8BB4C9D81DFC5D36;
   row.element_contiguous = row.storage_contiguous = 1;
-  row.element_map = row.storage_map = {17, {{1, 0}, {1, 0}, {1, 0}, {numel, 1}}};
+  row.element_map = row.storage_map = {whole ? 64 : 17, {{1, 0}, {1, 0}, {1, 0}, {numel, 1}}};
   row.storage_map.base = 0;
   const PlanGroup group = {1e-2, 0.9,  0.999, 1e-8, 0.1, reserve_p, double(uint64_t(reserve_p * 4294967296.0)),
                            0,    original ? 1.0 : 0.0, 1,    0};
@@ -216,6 +218,11 @@ int main(int, char** arguments) {
           }
       }
     }
+  }
+  for (double reserve_p : {1.0 / 4294967296.0, 0.3}) {
+    step<float>(*kernels, kDense, kFloat32, kFloat32, 4, 4, reserve_p, false, false, true);
+    step<double>(*kernels, kDense, kFloat64, kFloat64, 8, 8, reserve_p, false, false, true);
+    step<float>(*kernels, kDense, kFloat16, kFloat16, 2, 2, reserve_p, true, false, true);
   }
   const IndexMap column_shard = {(int64_t(1) << 35) + 5, {{3, 4000}, {5, 100}, {4, 20}, {11, 1}}};
   std::vector<uint32_t> words(21);
