@@ -31,6 +31,7 @@ from .group_options import (
     group_numbers,
     shared_options,
 )
+from .step_factor import SET_BY_SCALER, without_scale_after_error
 from .step_planner import StepPlanner
 from .summary import summary_table
 
@@ -219,17 +220,16 @@ class FusedChildAdamW(Optimizer):
     # A compiled training step breaks its graph here: a plan reads addresses, which a trace has not.
     @torch._disable_dynamo
     def _update(self) -> None:
-        scaling = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        try:
-            if self._gradient_release is not None:
-                self._gradient_release.step()
-            else:
-                self._planner.step(self.param_groups, self.state, *scaling)
-        except BaseException:
-            # A GradScaler takes them back only after success: left here they would scale the next step too.
-            for name in ("grad_scale", "found_inf"):
-                vars(self).pop(name, None)
-            raise
+        scaling = (getattr(self, name, None) for name in SET_BY_SCALER)
+        if self._gradient_release is not None:
+            self._gradient_release.step()
+        else:
+            self._planner.step(self.param_groups, self.state, *scaling)
+
+    @staticmethod
+    def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
+        """As in ``torch.optim.Optimizer``; what a GradScaler has set goes with a step that raises."""
+        return without_scale_after_error(Optimizer.profile_hook_step(func))
 
     @torch._disable_dynamo
     def zero_grad(self, set_to_none: bool = True) -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 from . import ops, registry, sharding
 from .step_plan import StepPlan
+
+#: What ``torch.amp.GradScaler`` sets on an optimizer before its step.
+SET_BY_SCALER = ("grad_scale", "found_inf")
 
 
 class StepFactor(NamedTuple):
@@ -101,3 +105,21 @@ def _scalar(value: Any, device: torch.device) -> Tensor | None:
             "torch.amp.GradScaler"
         )
     return tensor.detach().to(device, torch.float32, non_blocking=True)
+
+
+def without_scale_after_error(step: Callable[..., Any]) -> Callable[..., Any]:
+    """An optimizer's step after whose errors, those of its hooks too, nothing is left of a GradScaler.
+
+    A GradScaler takes its tensors back only after success: left there they would scale the next step too.
+    """
+
+    @functools.wraps(step)
+    def guarded(optimizer: Any, *arguments: Any, **keywords: Any) -> Any:
+        try:
+            return step(optimizer, *arguments, **keywords)
+        except BaseException:
+            for name in SET_BY_SCALER:
+                vars(optimizer).pop(name, None)
+            raise
+
+    return guarded

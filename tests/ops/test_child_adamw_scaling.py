@@ -331,7 +331,8 @@ def test_a_grad_scaler_may_unscale_first(backend: str) -> None:
     assert torch.allclose(exp_avg, expected, rtol=1e-5)
 
 
-def test_an_error_leaves_no_scale_behind(backend: str) -> None:
+@pytest.mark.parametrize("where", ["step", "hook"])
+def test_an_error_leaves_no_scale_behind(where: str, backend: str) -> None:
     """torch takes scale and verdict back only after a step that succeeds; the next one is another's."""
     parameters, optimizer = made(backend, torch.float32)
     twins, twin_optimizer = made(backend, torch.float32)
@@ -339,9 +340,18 @@ def test_an_error_leaves_no_scale_behind(backend: str) -> None:
     for one, scale in ((parameters, scaler), (twins, None)):
         loss = torch.stack([parameter.square().sum() for parameter in one.values()]).sum()
         (loss if scale is None else scale.scale(loss)).backward()
-    optimizer.param_groups[0]["lr"] = -1.0
+
+    def refusing(*_: Any) -> None:
+        raise ValueError("lr, says a hook")
+
+    if where == "step":
+        optimizer.param_groups[0]["lr"] = -1.0
+    else:
+        hook = optimizer.register_step_pre_hook(refusing)
     with pytest.raises(ValueError, match="lr"):
         scaler.step(optimizer)
+    if where == "hook":
+        hook.remove()
     assert not hasattr(optimizer, "grad_scale")
     assert not hasattr(optimizer, "found_inf")
     optimizer.param_groups[0]["lr"] = 1e-2
