@@ -56,7 +56,9 @@ def check_start(groups: Sequence[Mapping[str, Any]], plans: Sequence[StepPlan] |
             "were exchanged; run forward, backward and step() once outside the graph, so that kernels and "
             "tables are there"
         )
-    missing = [row.label for plan in plans for row in plan.rows if row.parameter.grad is None]
+    rows = [row for plan in plans for row in plan.rows]
+    given = [row.parameter if row.sharded is None else row.sharded for row in rows]
+    missing = [row.label for row, of_row in zip(rows, given, strict=True) if of_row.grad is None]
     if missing:
         raise ValueError(
             f"step() is being captured into a CUDA graph, and {len(missing)} parameters have no gradient "

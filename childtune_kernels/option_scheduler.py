@@ -8,10 +8,9 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from .group_options import FIXED_KEYS
+
 Schedule = Callable[[int], Any]
-
-
-_FIXED = ("params", "param_names", "seed", "wrote_outside_child")
 
 
 class OptionScheduler:
@@ -38,7 +37,7 @@ class OptionScheduler:
         self, optimizer: Optimizer, option: str, schedule: Schedule | Sequence[Schedule | None]
     ) -> None:
         groups = optimizer.param_groups
-        if option in _FIXED:
+        if option in FIXED_KEYS:
             raise ValueError(
                 f"option={option!r} stays as it is for a whole run; move a number such as reserve_p"
             )

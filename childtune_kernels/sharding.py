@@ -97,8 +97,7 @@ def element_map_of(label: str, tensor: Tensor) -> IndexMap:
             f"{tuple(map(len, positions))}, as its placements say; make it with distribute_tensor"
         )
     sizes, strides, base = [], [], 0
-    for dim, of_dim in enumerate(positions):
-        stride = math.prod(tensor.shape[dim + 1 :])
+    for dim, (of_dim, stride) in enumerate(zip(positions, _strides(tensor), strict=True)):
         base += of_dim[0] * stride
         levels = _levels(of_dim)
         if levels is None:
@@ -163,6 +162,11 @@ def _levels(positions: Sequence[int]) -> _Levels | None:
     return None if outer is None or len(positions) % run else [*outer, (run, step)]
 
 
+def _strides(tensor: Tensor) -> tuple[int, ...]:
+    """The strides of a whole parameter, row-major."""
+    return tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
+
+
 def _described(label: str, tensor: Any) -> str:
     placements = ", ".join(map(str, tensor.placements))
     mesh = "×".join(map(str, tensor.device_mesh.shape))
@@ -204,14 +208,13 @@ def placed_as(part: Tensor, tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return part
     like: Any = tensor
-    strides = [math.prod(like.shape[dim + 1 :]) for dim in range(like.dim())]
     made: Tensor = type(like.detach()).from_local(
         part,
         like.device_mesh,
         like.placements,
         run_check=False,
         shape=like.shape,
-        stride=tuple(strides),
+        stride=_strides(like),
     )
     return made
 

@@ -63,35 +63,33 @@ def step_factors(
 
 def _sums(plans: Sequence[StepPlan], after_mask: bool, capturing: bool) -> list[Tensor]:
     """Σ and Σ' over all plans, and where parameters are sharded all ranks, on the device of each."""
-    found = [_sums_of_plan(plan, after_mask, capturing) for plan in plans]
     sharded = any(plan.sharded_rows for plan in plans)
-    if len(plans) == 1:
-        return [sharding.sum_over_ranks(found[0])] if sharded else found
+    total, *others = (_sums_of_plan(plan, sharded, after_mask, capturing) for plan in plans)
+    for other in others:
+        total = total + _sent(other, total.device)
     if sharded:
-        for other in found[1:]:
-            found[0] = found[0] + other.to(found[0].device)
-        found = [sharding.sum_over_ranks(found[0])]
-    totals = []
-    for plan in plans:
-        total = found[0].to(plan.device, non_blocking=True)
-        for other in found[1:]:
-            total = total + other.to(plan.device, non_blocking=True)
-        totals.append(total)
-    return totals
+        total = sharding.sum_over_ranks(total)
+    return [_sent(total, plan.device) for plan in plans]
 
 
-def _sums_of_plan(plan: StepPlan, after_mask: bool, capturing: bool) -> Tensor:
-    """Σ and Σ' of the rows that this rank counts."""
+def _sums_of_plan(plan: StepPlan, sharded: bool, after_mask: bool, capturing: bool) -> Tensor:
+    """Σ and Σ' of a plan's rows; with ``sharded`` of those that this rank counts."""
     choice = registry.choose("gradient_norm", plan.device, plan.choice.backend)
     rows, row_table, kept = plan.rows, plan.row_table, plan.kept
-    if plan.sharded_rows:
-        counted = sharding.counted(plan.rows)
+    if sharded:
+        if "counted" not in kept:
+            kept["counted"] = sharding.counted(rows), {}
+        counted, of_counted = kept["counted"]
         if not counted:
             return torch.zeros(2, dtype=torch.float64, device=plan.device)
         if len(counted) < len(rows):
-            rows, row_table = [rows[index] for index in counted], row_table[counted]
-            kept = kept.setdefault("counted", {})
+            rows, row_table, kept = [rows[at] for at in counted], row_table[counted], of_counted
     return ops.gradient_norm(rows, row_table, plan.group_table, choice, kept, after_mask, capturing)
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, for which the host waits only where it reads the tensor itself."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def _scalar(value: Any, device: torch.device) -> Tensor | None:
@@ -104,7 +102,7 @@ def _scalar(value: Any, device: torch.device) -> Tensor | None:
             f"grad_scale and found_inf must have one element, not {tuple(tensor.shape)}; leave them to "
             "torch.amp.GradScaler"
         )
-    return tensor.detach().to(device, torch.float32, non_blocking=True)
+    return _sent(tensor.detach(), device).to(torch.float32)
 
 
 def without_scale_after_error(step: Callable[..., Any]) -> Callable[..., Any]:

@@ -59,32 +59,21 @@ class StepPlanner:
         # What is made in inference mode could never be changed outside it.
         with torch.inference_mode(False), torch.no_grad():
             standing = self._standing_plans(groups, states)
-            with sharding.gradients_of_parts(self._sharded if standing else []):
-                capturing = graph_capture.check_start(groups, standing)
+            capturing = graph_capture.check_start(groups, standing)
             plans = self._new_plans(groups, states) if standing is None else standing
             with sharding.gradients_of_parts(self._sharded):
-                self._step(plans, groups, capturing, grad_scale, found_inf)
-
-    def _step(
-        self,
-        plans: list[StepPlan],
-        groups: Groups,
-        capturing: bool,
-        grad_scale: Any,
-        found_inf: Any,
-    ) -> None:
-        for plan in plans:
-            plan.refresh(self._seen[1])
-        self.captures.check_unmoved(plans)
-        if self._seen[1] != self._shared:
-            check_shared(groups)
-            self._shared = self._seen[1]
-        factors = step_factors(plans, groups[0], grad_scale, found_inf, capturing)
-        for plan, factor in zip(plans, factors, strict=True):
-            plan.run(factor, capturing)
-        self._factor = factors[0] if factors else None
-        if capturing:
-            self.captures.add(plans, factors)
+                for plan in plans:
+                    plan.refresh(self._seen[1])
+                self.captures.check_unmoved(plans)
+                if self._seen[1] != self._shared:
+                    check_shared(groups)
+                    self._shared = self._seen[1]
+                factors = step_factors(plans, groups[0], grad_scale, found_inf, capturing)
+                for plan, factor in zip(plans, factors, strict=True):
+                    plan.run(factor, capturing)
+                self._factor = factors[0] if factors else None
+                if capturing:
+                    self.captures.add(plans, factors)
 
     def check(self, groups: Groups, states: dict[Tensor, Any]) -> None:
         """Refuse what a step would refuse now; nothing is stepped.

@@ -155,10 +155,10 @@ CHILDTUNE_INLINE void store_moment(typename T::Moment* target, typename T::Vec v
 }
 
 // The first half of an update, up to the square root, for the vector of a block that begins at its element `at`.
-// `child` says which of its lanes may change, `keep` (within child) whose gradient counts. `kWhole` promises that every bit of `child` is set,
-// which spares the reads of selected stores. No line is asked for ahead: measured on Zen 4, two cores and
-// 32M fp32, prefetches 2 KiB ahead take a step from 8.8 to 11.3 ms, because the processor's own prefetch
-// is then misled (256 bytes ahead: 9.6 ms).
+// `child` says which of its lanes may change, `keep` (within child) whose gradient counts. `kWhole` promises
+// that every bit of `child` is set, which spares the reads of selected stores. No line is asked for ahead:
+// measured on Zen 4, two cores and 32M fp32, prefetches 2 KiB ahead take a step from 8.8 to 11.3 ms, because the
+// processor's own prefetch is then misled (256 bytes ahead: 9.6 ms).
 template <bool kWhole, class T>
 CHILDTUNE_INLINE Fraction<typename T::Vec> begin_vector(const Block<T>& block, int at, uint64_t child, uint64_t keep,
                                                         const AdamWScalars<typename T::Real>& scalars) {

@@ -91,16 +91,17 @@ __attribute__((noinline)) int64_t run_bernoulli_blocks(const PlanRow& row, const
       kept = update_and_draw(block_at<T>(row, local, {}), kept, step, element);
     }
     return last_block;
+  } else {
+    uint64_t keep[kStretchBlocks];
+    for (int block = 0; block < kStretchBlocks; ++block)
+      keep[block] = keep_bits_aligned(step.stream, element + uint64_t(block * kBlock), step.threshold);
+    int64_t at = first_block;
+    for (; at + kStretchBlocks <= last_block; at += kStretchBlocks) {
+      element += kStretchBlocks * kBlock;
+      update_stretch_and_draw(block_at<T>(row, at * kBlock, {}), keep, step, element);
+    }
+    return at;
   }
-  uint64_t keep[kStretchBlocks];
-  for (int block = 0; block < kStretchBlocks; ++block)
-    keep[block] = keep_bits_aligned(step.stream, element + uint64_t(block * kBlock), step.threshold);
-  int64_t at = first_block;
-  for (; at + kStretchBlocks <= last_block; at += kStretchBlocks) {
-    element += kStretchBlocks * kBlock;
-    update_stretch_and_draw(block_at<T>(row, at * kBlock, {}), keep, step, element);
-  }
-  return at;
 }
 
 template <class T>

@@ -19,11 +19,10 @@ PACKAGE = ROOT / "childtune_kernels"
 # A new module gets its place here first.
 FLOORS: list[set[str]] = [
     {"_version", "labels", "plan_row"},  # tables and names, no tensors' work
-    # files that appear only when they are whole; progress bars; options that follow the step
-    {"whole_file", "progress", "option_scheduler"},
+    {"whole_file", "progress"},  # files that appear only when they are whole; progress bars
     {"backends"},  # the kernels: reference, cpp, ...
     {"registry", "group_options"},  # which kernel serves; what a group may say
-    {"ops"},  # the contract of every op
+    {"ops", "option_scheduler"},  # the contract of every op; options that follow the step
     # masks; how compact state writes a child down; the parts of Fisher information; weights as bits
     {
         "child_layout",

@@ -88,7 +88,7 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def trained_beside_a_whole_one(engine: str, release: bool, *arguments: Any) -> list[str]:
+def trained_beside_a_whole_one(engine: str, *arguments: Any) -> list[str]:
     """Train under an engine, and the whole weights with the whole gradients; the placements seen."""
     model = ENGINES[engine](*arguments)
     named = dict(model.named_parameters())
@@ -126,7 +126,7 @@ def trained_beside_a_whole_one(engine: str, release: bool, *arguments: Any) -> l
     ],
 )
 def test_an_engine_trains_as_one_device_does(ranks: Ranks, engine: str, world: int) -> None:
-    seen = ranks.run(world, trained_beside_a_whole_one, engine, False)
+    seen = ranks.run(world, trained_beside_a_whole_one, engine)
     if engine == "tensor parallel":
         assert any("Partial" in placements for placements in seen[0])
     else:
@@ -134,7 +134,7 @@ def test_an_engine_trains_as_one_device_does(ranks: Ranks, engine: str, world: i
 
 
 def test_offloaded_parts_are_stepped_on_the_cpu(ranks: Ranks) -> None:
-    ranks.run(2, trained_beside_a_whole_one, "fsdp", False, True)
+    ranks.run(2, trained_beside_a_whole_one, "fsdp", True)
 
 
 def released() -> None:
