@@ -105,7 +105,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
     found = {}
     try:
         for name, process in processes.items():
-            output, _ = process.communicate(timeout=300)
+            output, _ = process.communicate(timeout=1200)
             paths = [folder / f"{name}.{kind}" for kind in ("json", "md")]
             assert all(path.exists() for path in paths), output
             result, tables = (path.read_text(encoding="utf-8") for path in paths)

@@ -43,13 +43,15 @@ class Run(NamedTuple):
 
 _STEP = ("_step_scalars_kernel", "_child_adamw_dense_kernel", "_child_adamw_words_kernel")
 _ALL_OF_STEP = (*_STEP, "_child_adamw_segments_kernel", "_decay_outside_kernel")
-# To a kernel the convention is a number: in the usual run a type and mask meet one of the two. Gradients
-# of fp32 and weights without a master are met, but not together, and with bf16 alone.
+# To a kernel the convention is a number: in the usual run a type and mask meet one of the two. A fixed mask
+# is met beside a Bernoulli one, and alone with fp32; gradients of fp32 and weights without a master are met,
+# but not together, and with bf16 and both masks alone.
 _PRODUCT = (
     "column_equals and not compact and not plain-original and not bernoulli-torch and not fixed-original "
     "and not fixed_decaying-torch and not both-original and not both_decaying-torch "
     "and not fp32_gradient_no_master and not fp32_master and not stochastic and not bf16_state "
-    "and not fp16_ and (not -fixed or fp32-fixed)"
+    "and not fp16_ and (not -fixed or fp32-fixed) and not -both_decaying-original and not -both-original "
+    "and (not (no_master or fp32_gradient or fp16) or -both)"
 )
 # Words of all four purposes in each kernel; the other types take the same code.
 _ROUNDED = (

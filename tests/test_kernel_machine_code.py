@@ -120,23 +120,27 @@ def expected_bytes(variant: str) -> float | None:
     return 2 * weight + grad + 4 * moment + masters
 
 
+_SPLIT_CT_F = "child_adamw-{}-bfloat16-bfloat16-split-bernoulli"
+
 TASKS = machine_code.tasks(machine_code.kernel_modules(), TARGETS)
 
 
 def _is_slow(task: Task) -> bool:
     """What has its like beside it: most types of a kernel, and on other targets than sm_90 most kernels."""
     parts = task.variant.split("-")
-    if parts[0] != "child_adamw":
-        of_all_targets = ("keep_words", "step_scalars")
-        seldom = parts[0] == "gradient_norm" and parts[-1] in ("float64", "float16")
-        return (task.target != "sm_90" or seldom) and task.variant not in of_all_targets
-    bernoulli = parts[-1] == "bernoulli"
     if task.target != "sm_90":
-        layouts, types = ("dense", "words"), ("float32", "bfloat16")
-        return not (_is_usual(parts) and bernoulli and parts[1] in layouts and parts[2] in types)
-    drawn = "-stochastic-bf16_moments-bernoulli" in task.variant and parts[2] == parts[3]
-    plain = parts[2] == "float32" or parts[1] == "outside"
-    return not (drawn or (_is_usual(parts) and (bernoulli or plain)))
+        return task.variant not in (_SPLIT_CT_F.format("dense"), "keep_words", "step_scalars")
+    if parts[0] == "gradient_norm":
+        return parts[-1] in ("float64", "float16")
+    if parts[0] != "child_adamw":
+        return task.variant.startswith("bitmask move") and parts[0].split()[-1] in ("16", "64")
+    if parts[1] == "outside":
+        return parts[2] != "float32"
+    drawn = "-stochastic-bf16_moments-bernoulli" in task.variant and parts[1] in ("dense", "words")
+    split = task.variant == _SPLIT_CT_F.format(parts[1])
+    return not (
+        split or (_is_usual(parts) and parts[2] == "float32") or (drawn and parts[2] == parts[3])
+    )
 
 
 def _is_usual(parts: Sequence[str]) -> bool:

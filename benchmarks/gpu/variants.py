@@ -28,8 +28,6 @@ from ..variants import (
     FP32_MASTERS,
     PLAIN,
     SPLIT,
-    SPLIT_MOMENTS,
-    STOCHASTIC,
     STOCHASTIC_MOMENTS,
     TORCH_FOREACH,
     TORCH_FUSED,
@@ -143,12 +141,18 @@ _OF_CASE: dict[str, Sequence[Variant]] = {
     ),
     ROBERTA_LARGE.name: (TORCH_FUSED, PLAIN, CT_F, CT_D_SPARSE),
 }
-# Interpreted, a step takes a tenth of a second: two cases share the variants, and formats that draw random
-# words are stepped by CT_F alone.
-_DRAWN = [in_bf16(PLAIN, each) for each in (STOCHASTIC, SPLIT_MOMENTS, STOCHASTIC_MOMENTS)]
+# Interpreted, a step takes a tenth of a second, and a check ten of them: two cases share the variants, one of
+# each kernel and of each way to keep weights.
 _TINY: dict[str, Sequence[Variant]] = {
-    BERT_LARGE.name: [each for each in _EVERYBODY if each not in _BF16],
-    LLAMA_1B.name: [TORCH_FUSED, PLAIN, *(each for each in _BF16 if each not in _DRAWN)],
+    BERT_LARGE.name: [
+        *(TORCH_FUSED, TORCH_FOREACH, TORCH_GRAPH, *_OTHERS, UNFUSED),
+        *(PLAIN, CT_F, *_GRAPHS, CT_D, CT_D_SPARSEST, CT_D_RUNS),
+    ],
+    LLAMA_1B.name: [
+        *(TORCH_FUSED, PLAIN, _TORCH_BF16, PLAIN_BF16_MASTER),
+        *(in_bf16(CT_F, each) for each in (SPLIT, STOCHASTIC_MOMENTS)),
+        in_bf16(CT_D_SPARSE, SPLIT),
+    ],
     GROUPS.name: [TORCH_FUSED, PLAIN, PLAIN.with_group_each()],
 }
 
