@@ -235,13 +235,3 @@ def _is_first_replica(tensor: Any) -> bool:
         index and placement.is_replicate()
         for index, placement in zip(coordinate, tensor.placements, strict=True)
     )
-
-
-def sum_over_ranks(values: Tensor) -> Tensor:
-    """The sum of all ranks' values, in the order of the ranks: the same bits on each."""
-    gathered = [torch.empty_like(values) for _ in range(torch.distributed.get_world_size())]
-    torch.distributed.all_gather(gathered, values)
-    total = gathered[0]
-    for other in gathered[1:]:
-        total = total + other
-    return total

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, registry, sharding
+from . import ops, rank_values, registry, sharding
 from .step_plan import StepPlan
 
 #: What ``torch.amp.GradScaler`` sets on an optimizer before its step.
@@ -68,7 +68,7 @@ def _sums(plans: Sequence[StepPlan], after_mask: bool, capturing: bool) -> list[
     for other in others:
         total = total + _sent(other, total.device)
     if sharded:
-        total = sharding.sum_over_ranks(total)
+        total = rank_values.sum_over_ranks(total)
     return [_sent(total, plan.device) for plan in plans]
 
 

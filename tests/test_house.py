@@ -19,7 +19,8 @@ PACKAGE = ROOT / "childtune_kernels"
 # A new module gets its place here first.
 FLOORS: list[set[str]] = [
     {"_version", "labels", "plan_row"},  # tables and names, no tensors' work
-    {"whole_file", "progress"},  # files that appear only when they are whole; progress bars
+    # files that appear only when they are whole; progress bars; what ranks tell each other
+    {"whole_file", "progress", "rank_values"},
     {"backends"},  # the kernels: reference, cpp, ...
     {"registry", "group_options"},  # which kernel serves; what a group may say
     {"ops", "option_scheduler"},  # the contract of every op; options that follow the step
