@@ -219,17 +219,8 @@ def placed_as(part: Tensor, tensor: Tensor) -> Tensor:
     return made
 
 
-def counted(rows: Sequence[Any]) -> list[int]:
-    """Which rows this rank counts where something is summed over ranks: of replicas the first one."""
-    first_rank = torch.distributed.get_rank() == 0
-    return [
-        index
-        for index, row in enumerate(rows)
-        if (first_rank if row.sharded is None else _is_first_replica(row.sharded))
-    ]
-
-
-def _is_first_replica(tensor: Any) -> bool:
+def is_first_replica(tensor: Any) -> bool:
+    """Whether this rank is the one that counts a part where something is summed over ranks."""
     coordinate = tensor.device_mesh.get_coordinate()
     return coordinate is not None and not any(
         index and placement.is_replicate()

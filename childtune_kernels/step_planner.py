@@ -11,6 +11,7 @@ from torch import Tensor
 from . import graph_capture, ops, registry, sharding, state_tensors
 from .group_options import check_seed, check_shared
 from .labels import philox_key
+from .rank_agreement import RankAgreement
 from .step_factor import StepFactor, step_factors
 from .step_plan import Row, StepPlan, check_row
 
@@ -24,10 +25,12 @@ class StepPlanner:
 
     Args:
         backend: the requested backend of op child_adamw, or None.
+        agreement: of the ranks over which norms are taken.
     """
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: str | None, agreement: RankAgreement) -> None:
         self.backend = backend
+        self.agreement = agreement
         self.captures = graph_capture.Captures()
         self.plans: list[StepPlan] | None = None
         self._sharded: list[Row] = []
@@ -68,7 +71,9 @@ class StepPlanner:
                 if self._seen[1] != self._shared:
                     check_shared(groups)
                     self._shared = self._seen[1]
-                factors = step_factors(plans, groups[0], grad_scale, found_inf, capturing)
+                factors = step_factors(
+                    plans, groups[0], grad_scale, found_inf, capturing, self.agreement
+                )
                 for plan, factor in zip(plans, factors, strict=True):
                     plan.run(factor, capturing)
                 self._factor = factors[0] if factors else None

@@ -55,7 +55,9 @@ FLOORS: list[set[str]] = [
         "fisher_sums",
         "state_dicts",
     },  # loaded and saved
-    {"graph_capture", "step_factor"},  # what stands when a step goes into a CUDA graph
+    # what stands when a step goes into a CUDA graph; what ranks must agree on
+    {"graph_capture", "rank_agreement"},
+    {"new_group", "step_factor"},
     {"step_planner"},  # which plans a step takes
     {"gradient_release"},  # steps of single parameters, from within backward
     {"child_checkpoint", "fisher", "optimizer"},
