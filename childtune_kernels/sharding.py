@@ -184,6 +184,35 @@ def words_of_part(label: str, words: Tensor, tensor: Tensor) -> Tensor:
     return ops.pack_mask(part.contiguous())
 
 
+def whole_words(words: Tensor, tensor: Tensor) -> Tensor:
+    """The mask words of a whole parameter from those of the parts; a collective of the ranks that hold it."""
+    if not is_sharded(tensor):
+        return words
+    part = ops.unpack_mask(words, local_of(tensor).shape).to(torch.uint8)
+    return ops.pack_mask(whole_of(placed_as(part, tensor)).bool())
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a tensor on this rank, row-major; of a DTensor a collective of the ranks that hold it."""
+    if not is_sharded(tensor):
+        return tensor
+    like: Any = tensor
+    # Not every process group moves int16; bits are bits.
+    moved = like.view(torch.bfloat16) if tensor.dtype == torch.int16 else like
+    whole: Tensor = moved.full_tensor().view(tensor.dtype)
+    return whole.contiguous()
+
+
+def on_any_rank(fact: bool, tensor: Tensor) -> bool:
+    """Whether something is so on any of the ranks that hold a DTensor, all of which must ask."""
+    from torch.distributed.tensor import Partial
+
+    like: Any = tensor
+    told = torch.tensor([int(fact)], device=local_of(tensor).device)
+    summed = type(like).from_local(told, like.device_mesh, [Partial()] * like.device_mesh.ndim)
+    return bool(summed.full_tensor() > 0)
+
+
 def part_of(label: str, value: Tensor, tensor: Tensor) -> Tensor:
     """Of a value a weight, of a whole parameter or sharded in any way, what goes with this rank's part."""
     if not is_sharded(tensor):

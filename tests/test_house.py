@@ -48,6 +48,7 @@ FLOORS: list[set[str]] = [
         "selection",
         "weight_files",
     },
+    {"sharded_child"},  # compact state of parts, as state dicts have it
     {
         "adamw_export",
         "child_exchange",
