@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import saved_groups, state_tensors
+from . import child_layout, saved_groups, sharded_child, sharding, state_tensors
 from .group_options import GROUP_KEYS
 from .labels import is_positional, label_of
 
@@ -34,7 +34,7 @@ def adamw_state_dict(
     states = {
         number: {
             "step": torch.tensor(float(entry["step"]), dtype=torch.float32),
-            **state_tensors.dense_moments(members[number], entry),
+            **_dense_moments(members[number], entry),
         }
         for number, entry in state_dict["state"].items()
     }
@@ -52,6 +52,15 @@ def adamw_state_dict(
             for group, each in zip(wanted, continued, strict=True)
         ],
     }
+
+
+def _dense_moments(parameter: Tensor, entry: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Both moments of a saved state; of a sharded parameter as DTensors that are placed as it is."""
+    if not (sharding.is_sharded(parameter) and child_layout.is_compact(entry)):
+        return state_tensors.dense_moments(parameter, entry)
+    of_part = sharded_child.child_of_part("a parameter", parameter, entry, None)
+    moments = state_tensors.dense_moments(sharding.local_of(parameter), of_part)
+    return {name: sharding.placed_as(moment, parameter) for name, moment in moments.items()}
 
 
 def _adamw_group(defaults: Group, group: Group) -> dict[str, Any]:

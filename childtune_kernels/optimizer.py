@@ -301,7 +301,10 @@ class FusedChildAdamW(Optimizer):
             post_hook(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """The state of the run, the child as mask words (SPEC.md, section 5); tensors are not copied."""
+        """The state of the run, the child as mask words (SPEC.md, section 5 and 10).
+
+        Tensors are not copied, but compact ones of sharded parameters, for which all ranks must call this.
+        """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
         state_dict = state_dicts.packed(self.param_groups, self.state)

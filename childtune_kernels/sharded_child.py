@@ -3,28 +3,33 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from . import child_layout, ops, sharding
+from .sharding import Parts
 from .state_tensors import ELEMENTWISE, check_shape
 from .weight_formats import key
 
 #: What a state dict has an element of the child for.
 OF_CHILD = tuple(key(name, True) for name in ELEMENTWISE)
 
+# A block of 2**22 elements is put in order at a time.
+_BLOCK_OF_WORDS = 1 << 17
+
 State = Mapping[str, Any]
 
 
-def saved_child(parameter: Tensor, saved: State) -> dict[str, Any]:
+def saved_child(label: str, parameter: Tensor, saved: State) -> dict[str, Any]:
     """The saved state of a sharded parameter with a fixed mask, as any other placement can load it.
 
     Mask words are those of the whole parameter, moments and masters those of all its child elements in
     row-major order, as without shards; each is a DTensor of one dimension of which a rank has a piece.
-    A collective of the ranks that hold the parameter; at most one tensor of its size is made at a time.
+    A collective of the ranks that hold the parameter, one tensor after the other. Values of the child alone
+    travel, and no dense tensor is made.
 
     Args:
         parameter: a DTensor.
@@ -33,14 +38,14 @@ def saved_child(parameter: Tensor, saved: State) -> dict[str, Any]:
     like: Any = parameter
     if like.device_mesh.get_coordinate() is None:
         return {name: value for name, value in saved.items() if name != "mask_words"}
-    of_part = saved["mask_words"]
-    words = sharding.whole_words(of_part, parameter)
+    words = sharding.whole_words(saved["mask_words"], parameter)
+    parts = sharding.parts_of(label, parameter)
     pieces: dict[str, Any] = {"mask_words": _in_pieces(words, parameter)}
     if "child_shape" in saved:
         pieces["child_shape"] = torch.tensor(parameter.shape)
     for name, value in saved.items():
         if name in OF_CHILD:
-            child = _child_of_whole(value, of_part, words, parameter)
+            child = _child_of_whole(value, words, parameter, parts)
             pieces[name] = _in_pieces(child, parameter)
         elif name in ELEMENTWISE:
             pieces[name] = sharding.placed_as(value, parameter)
@@ -112,11 +117,37 @@ def child_of_part(
     return read
 
 
-def _child_of_whole(child: Tensor, of_part: Tensor, words: Tensor, parameter: Tensor) -> Tensor:
+def _child_of_whole(child: Tensor, words: Tensor, parameter: Tensor, parts: Parts) -> Tensor:
     """The child's values of all parts, in row-major order of the whole."""
-    part = child.new_zeros(sharding.local_of(parameter).shape)
-    child_layout.scatter_child_(part, child, of_part)
-    return child_layout.gather_child(sharding.whole_of(sharding.placed_as(part, parameter)), words)
+    count = torch.tensor([child.numel()], device=child.device)
+    counts = sharding.of_all_parts(count, parameter).view(-1)
+    padded = child.new_zeros(int(counts.max()))
+    padded[: child.numel()] = child
+    of_parts = sharding.of_all_parts(padded, parameter)
+    if parts.in_order:
+        return of_parts[torch.arange(padded.numel(), device=child.device) < counts[:, None]]
+    return torch.cat([*_in_order(of_parts, words, parameter.shape, parts)])
+
+
+def _in_order(of_parts: Tensor, words: Tensor, shape: torch.Size, parts: Parts) -> Iterator[Tensor]:
+    """Values of the parts, each in the order of its own, as their elements lie in the whole."""
+    tables = [table.to(words.device) for table in parts.by_dimension]
+    taken = torch.zeros(parts.total, dtype=torch.int64, device=words.device)
+    for first in range(0, words.numel(), _BLOCK_OF_WORDS):
+        block = words[first : first + _BLOCK_OF_WORDS]
+        elements = ops.mask_indices(block) + 32 * first
+        part = torch.zeros_like(elements)
+        for table in reversed(tables):
+            part += table[elements % table.numel()]
+            elements //= table.numel()
+        # The how manieth of its part's in this block each element is.
+        order = part.argsort(stable=True)
+        counts = part.bincount(minlength=parts.total)
+        before = counts.cumsum(0) - counts
+        within = torch.empty_like(part)
+        within[order] = torch.arange(part.numel(), device=part.device) - before[part[order]]
+        yield of_parts[part, taken[part] + within]
+        taken += counts
 
 
 def _in_pieces(vector: Tensor, parameter: Tensor) -> Tensor:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -113,10 +114,12 @@ def element_map_of(label: str, tensor: Tensor) -> IndexMap:
         raise ValueError(f"{_described(label, sharded)}: {error}; shard fewer dimensions") from None
 
 
-def _positions(label: str, tensor: Any) -> list[Sequence[int]]:
-    """For every dimension of the whole tensor, the positions that this rank holds."""
+def _positions(
+    label: str, tensor: Any, coordinate: Sequence[int] | None = None
+) -> list[Sequence[int]]:
+    """For every dimension of the whole tensor, the positions of this rank, or of a coordinate of the mesh."""
     found: list[Sequence[int]] = [range(size) for size in tensor.shape]
-    coordinate = tensor.device_mesh.get_coordinate()
+    coordinate = tensor.device_mesh.get_coordinate() if coordinate is None else coordinate
     if coordinate is None:
         return [range(0) for _ in tensor.shape]
     mesh_shape = tensor.device_mesh.shape
@@ -182,6 +185,57 @@ def words_of_part(label: str, words: Tensor, tensor: Tensor) -> Tensor:
         return words
     part = _cut(ops.unpack_mask(words, tensor.shape), _positions(label, tensor))
     return ops.pack_mask(part.contiguous())
+
+
+class Parts(NamedTuple):
+    """The parts that a DTensor is cut into, replicas once.
+
+    ``total``: how many; ``in_order``: whether one ends where the next begins.
+    ``by_dimension``: for every dimension of the whole, what each position adds to the number of the part
+    that holds an element, int64, on the CPU.
+    """
+
+    total: int
+    in_order: bool
+    by_dimension: list[Tensor]
+
+
+def parts_of(label: str, tensor: Tensor) -> Parts:
+    """How a DTensor is cut."""
+    like: Any = tensor
+    shape = like.device_mesh.shape
+    cuts = [index for index, placement in enumerate(like.placements) if hasattr(placement, "dim")]
+    strides = {cut: math.prod(shape[other] for other in cuts if other > cut) for cut in cuts}
+    tables = [torch.zeros(size, dtype=torch.int64) for size in like.shape]
+    for dim, table in enumerate(tables):
+        of_dim = [cut for cut in cuts if like.placements[cut].dim % like.dim() == dim]
+        for indices in itertools.product(*(range(shape[cut]) for cut in of_dim)):
+            at = [0] * len(shape)
+            for cut, index in zip(of_dim, indices, strict=True):
+                at[cut] = index
+            held = _positions(label, like, at)[dim]
+            number = sum(strides[cut] * index for cut, index in zip(of_dim, indices, strict=True))
+            table[list(held)] = number
+    return Parts(
+        total=math.prod(shape[cut] for cut in cuts),
+        in_order=all(
+            like.placements[cut].dim == 0 and not hasattr(like.placements[cut], "split_factor")
+            for cut in cuts
+        ),
+        by_dimension=tables,
+    )
+
+
+def of_all_parts(values: Tensor, tensor: Tensor) -> Tensor:
+    """One row from every part of a DTensor, ``[parts, n]``: a collective of the ranks that hold it."""
+    from torch.distributed.tensor import Shard
+
+    like: Any = tensor
+    placements = [Shard(0) if hasattr(each, "dim") else each for each in like.placements]
+    made = type(like.detach()).from_local(
+        values.view(1, -1), like.device_mesh, placements, run_check=False
+    )
+    return whole_of(made)
 
 
 def whole_words(words: Tensor, tensor: Tensor) -> Tensor:

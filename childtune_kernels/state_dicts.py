@@ -37,8 +37,8 @@ def packed(groups: Groups, states: Mapping[Tensor, State]) -> dict[str, Any]:
     number = {id(parameter): index for index, parameter in enumerate(members)}
     return {
         "state": {
-            number[id(parameter)]: _saved_state(parameter, states[parameter])
-            for parameter in members
+            number[id(parameter)]: _saved_state(label, parameter, states[parameter])
+            for label, parameter in parameters.by_label(groups)
             if states.get(parameter)
         },
         "param_groups": [
@@ -48,13 +48,13 @@ def packed(groups: Groups, states: Mapping[Tensor, State]) -> dict[str, Any]:
     }
 
 
-def _saved_state(parameter: Tensor, state: State) -> dict[str, Any]:
+def _saved_state(label: str, parameter: Tensor, state: State) -> dict[str, Any]:
     """One parameter's state; of a sharded one what has a value a weight is sharded alike."""
     saved = state_tensors.saved_state(sharding.local_of(parameter), state)
     if not sharding.is_sharded(parameter):
         return saved
     if child_layout.has_child(state):
-        return sharded_child.saved_child(parameter, saved)
+        return sharded_child.saved_child(label, parameter, saved)
     return {
         name: sharding.placed_as(value, parameter) if name in state_tensors.ELEMENTWISE else value
         for name, value in saved.items()

@@ -213,3 +213,92 @@ def test_the_whole_state_is_that_of_one_process(ranks: Ranks) -> None:
 
 def test_flat_state_dicts_load(ranks: Ranks) -> None:
     ranks.run(4, whole_states, "both", True)
+
+
+def exported() -> None:
+    """An AdamW goes on from a sharded CT_D run as it does from the same run of one process."""
+    model, optimizer = made("fsdp", "compact")
+    weights = train(model, optimizer, range(2))
+    other = nn.ParameterDict(
+        {name.replace(".", "_"): nn.Parameter(weight) for name, weight in weights.items()}
+    )
+    single, alone_optimizer = alone("compact")
+    single.load_state_dict({name: Model().state_dict()[name] for name in weights})
+    train(single, alone_optimizer, range(2))
+    expected = alone_optimizer.to_adamw_state_dict()["state"]
+    for number, state in optimizer.to_adamw_state_dict()["state"].items():
+        assert_same_bits({name: whole(each) for name, each in state.items()}, expected[number])
+    adamw = torch.optim.AdamW(model.parameters(), foreach=False)
+    adamw.load_state_dict(optimizer.to_adamw_state_dict())
+    assert len(other) == len(weights)
+
+
+def test_adamw_takes_the_state_of_a_sharded_child(ranks: Ranks) -> None:
+    ranks.run(2, exported)
+
+
+class Dying(torch.distributed.checkpoint.FileSystemWriter):
+    """The second rank is cut off in the middle of its file."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        if torch.distributed.get_rank() == 1:
+            Path(self.path, "__1_0.distcp").write_bytes(b"half")
+            raise OSError("no space left on device")
+        return super().write_data(plan, planner)
+
+
+def cut_off(folder: str) -> None:
+    """A save that fails on one rank, over a checkpoint and beside it: the earlier one stands."""
+    model, optimizer = made("fsdp", "compact")
+    train(model, optimizer, range(1))
+    last = Path(folder) / "last"
+    torch.distributed.checkpoint.save(states_of(model, optimizer), checkpoint_id=str(last))
+    before = {name: whole(value).clone() for name, value in model.state_dict().items()}
+    train(model, optimizer, range(1, 2))
+    beside = Path(folder) / "next"
+    with pytest.raises(torch.distributed.checkpoint.api.CheckpointException):
+        torch.distributed.checkpoint.save(
+            states_of(model, optimizer), storage_writer=Dying(str(beside))
+        )
+    states = states_of(model, optimizer)
+    with pytest.raises(torch.distributed.checkpoint.api.CheckpointException, match="metadata"):
+        torch.distributed.checkpoint.load(states, checkpoint_id=str(beside))
+    torch.distributed.checkpoint.load(states, checkpoint_id=str(last))
+    assert_same_bits({name: whole(value) for name, value in states["model"].items()}, before)
+
+
+def test_a_save_that_fails_on_one_rank_leaves_nothing_that_loads(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    ranks.run(2, cut_off, str(tmp_path))
+
+
+LARGE = 2**20
+
+
+def peak_of_a_save() -> tuple[int, int]:
+    """Bytes that ``state_dict`` holds at its peak beyond what it returns, of many equal parameters."""
+    from benchmarks.peak_memory import tensor_peak
+
+    world = torch.distributed.get_world_size()
+    model = nn.ParameterList(torch.zeros(LARGE // 256, 256) for _ in range(6))
+    fully_shard(model, mesh=init_device_mesh("cpu", (world,)))
+    child = ChildMask.from_dense(
+        {str(n): torch.arange(LARGE).reshape(-1, 256) % 7 == 0 for n in range(6)}
+    )
+    optimizer = FusedChildAdamW(model.named_parameters(), child_mask=child, **BASE)
+    kept: list[Any] = []
+    peak = tensor_peak(lambda: kept.append(optimizer.state_dict()), torch.device("cpu"))
+    returned = sum(
+        value.to_local().nbytes
+        for state in kept[0]["state"].values()
+        for value in state.values()
+        if isinstance(value, DTensor)
+    )
+    return peak, returned
+
+
+def test_a_save_needs_one_dense_parameter_beside_what_it_returns(ranks: Ranks) -> None:
+    dense_state = 8 * LARGE
+    for peak, returned in ranks.run(2, peak_of_a_save):
+        assert returned < peak <= returned + dense_state
