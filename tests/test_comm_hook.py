@@ -1,0 +1,431 @@
+"""Only the child travels: a run with the communication hook is, bit for bit, the run without it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+
+from childtune_kernels import ChildMask, FusedChildAdamW, register_child_comm_hook
+from childtune_kernels.comm_hook import ChildCommHook
+
+from .cases import assert_same_bits
+from .ranks import Ranks
+
+STEPS = 4
+OPTIONS: dict[str, Any] = {"lr": 1e-2, "weight_decay": 0.1, "seed": 7}
+# A few hundred bytes a bucket: parameters share buckets at odd places, and there are several.
+BUCKET_MB = 0.0004
+
+
+class Model(nn.Module):
+    """Parameters of odd sizes, one not row-major, one without a dimension, and one frozen."""
+
+    def __init__(self, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.image = nn.Conv2d(3, 5, 2, bias=False).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.up = nn.Linear(20, 7)
+        self.gain = nn.Parameter(torch.tensor(1.5))
+        self.norm = nn.LayerNorm(7)
+        self.down = nn.Linear(7, 33)
+        self.idle = nn.Linear(3, 2)
+        self.norm.bias.requires_grad_(False)
+        self.to(dtype)
+
+    def forward(self, pixels: Tensor, idle: bool = False) -> Tensor:
+        hidden = self.norm(torch.relu(self.up(self.image(pixels).flatten(1)))) * self.gain
+        found: Tensor = self.down(hidden)
+        return found if idle else found + self.idle(hidden[:, :3]).sum()
+
+
+def child_of(model: nn.Module, seed: int = 1, p: float = 0.3) -> ChildMask:
+    """A random fixed mask of most parameters; biases train densely."""
+    generator = torch.Generator().manual_seed(seed)
+    names = {name: value for name, value in model.named_parameters() if not name.endswith("bias")}
+    dense = {name for name, _ in model.named_parameters()} - names.keys()
+    masks = {
+        name: torch.rand(value.shape, generator=generator) < p for name, value in names.items()
+    }
+    return ChildMask.from_dense(masks, dense=dense)
+
+
+def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    seed = 100 * torch.distributed.get_rank() + step
+    return torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def optimizer_of(model: nn.Module, kind: str) -> FusedChildAdamW:
+    named = list(model.named_parameters())
+    if kind == "groups":
+        groups: list[dict[str, Any]] = [
+            {"params": named[:2], "reserve_p": 0.3},
+            {"params": named[2:4], "reserve_p": 0.7, "child_mask": child_of(model)},
+            {"params": named[4:]},
+        ]
+        return FusedChildAdamW(groups, **OPTIONS)
+    options: dict[str, Any] = {
+        "ct_f": {"reserve_p": 0.3},
+        "ct_d": {"child_mask": child_of(model)},
+        "ct_d dense": {"child_mask": child_of(model), "child_state": "dense"},
+        "both": {"child_mask": child_of(model, p=0.6), "reserve_p": 0.5},
+        "decays outside": {"child_mask": child_of(model), "freeze_non_child": False, "child_state": "dense"},
+        "plain": {},
+    }[kind]  # fmt: skip
+    return FusedChildAdamW(named, **OPTIONS, **options)
+
+
+Between = Callable[[int, nn.Module, FusedChildAdamW], None]
+
+
+def unchanged(step: int, model: nn.Module, optimizer: FusedChildAdamW) -> None:
+    """Nothing happens between steps."""
+
+
+def trained(
+    hooked: bool,
+    kind: str,
+    ddp: dict[str, Any],
+    dtype: torch.dtype = torch.float32,
+    micro_batches: int = 1,
+    between: Between = unchanged,
+    scaler: torch.amp.GradScaler | None = None,
+) -> tuple[dict[str, Any], ChildCommHook | None]:
+    """Weights and state after some steps, with the hook or without one."""
+    plain = Model(dtype)
+    model = DistributedDataParallel(plain, bucket_cap_mb=BUCKET_MB, **ddp)
+    optimizer = optimizer_of(plain, kind)
+    hook = register_child_comm_hook(model, optimizer) if hooked else None
+    scale = scaler.scale if scaler else lambda loss: loss
+    for step in range(STEPS):
+        for micro in range(micro_batches):
+            last = micro == micro_batches - 1
+            with contextlib.nullcontext() if last else model.no_sync():
+                pixels = batch(10 * step + micro, dtype)
+                if scaler and step == 1 and torch.distributed.get_rank() == 0:
+                    pixels[0, 0, 0, 0] = float("inf")
+                found = model(pixels, idle="find_unused_parameters" in ddp)
+                scale(found.square().sum()).backward()
+        if scaler:
+            scaler.step(optimizer)
+            scaler.update()
+        else:
+            optimizer.step()
+        optimizer.zero_grad()
+        between(step, plain, optimizer)
+    weights = {name: value.detach() for name, value in plain.named_parameters()}
+    state = {
+        f"{name}.{key}": value
+        for name, parameter in plain.named_parameters()
+        for key, value in optimizer.state[parameter].items()
+    }
+    return {**weights, **state}, hook
+
+
+def replaced(step: int, model: nn.Module, optimizer: FusedChildAdamW) -> None:
+    """Another child, other probabilities, and state that was saved, between steps."""
+    if step == 0:
+        optimizer.set_child_mask(child_of(model, seed=2))
+    elif step == 1:
+        for group in optimizer.param_groups:
+            group["reserve_p"] = 0.4
+    else:
+        other = optimizer_of(model, "both")
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        for _ in range(step):
+            other.step()
+        optimizer.zero_grad()
+        optimizer.load_state_dict(other.state_dict())
+
+
+def same_with_and_without(
+    kind: str, ddp: dict[str, Any], options: dict[str, Any], scaled: bool = False
+) -> tuple[int, int]:
+    """Train twice and compare every bit; the bytes that the hook sent, and those of the buckets."""
+    results = []
+    for hooked in (False, True):
+        scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if scaled else None
+        results.append(trained(hooked, kind, ddp, scaler=scaler, **options))
+    (expected, _), (found, hook) = results
+    assert_same_bits(found, expected)
+    assert hook is not None
+    assert int(found["up.weight.step"]) == STEPS - scaled or "between" in options
+    return hook.sent_bytes, hook.whole_bytes
+
+
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "ct_f": ("ct_f", {}, {}),
+    "ct_d": ("ct_d", {}, {}),
+    "ct_d, dense state": ("ct_d dense", {}, {}),
+    "both masks": ("both", {}, {}),
+    "three groups": ("groups", {}, {}),
+    "decay outside": ("decays outside", {}, {}),
+    "bf16": ("both", {}, {"dtype": torch.bfloat16}),
+    "views": ("both", {"gradient_as_bucket_view": True}, {}),
+    "static graph": ("both", {"static_graph": True}, {}),
+    "accumulated": ("both", {}, {"micro_batches": 3}),
+    "accumulated views": ("ct_f", {"gradient_as_bucket_view": True}, {"micro_batches": 2}),
+    "unused": ("both", {"find_unused_parameters": True}, {}),
+    "replaced": ("both", {}, {"between": replaced}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_is_the_same_bits_with_and_without_the_hook(ranks: Ranks, case: str) -> None:
+    kind, ddp, options = CASES[case]
+    for sent, whole in ranks.run(2, same_with_and_without, kind, ddp, options):
+        assert 0 < sent < 0.8 * whole
+
+
+@pytest.mark.parametrize("kind", ["ct_f", "ct_d"])
+def test_a_skipped_step_sends_the_same_mask_again(ranks: Ranks, kind: str) -> None:
+    ranks.run(2, same_with_and_without, kind, {}, {}, True)
+
+
+def integers_of(step: int, shape: torch.Size) -> Tensor:
+    seed = 100 * torch.distributed.get_rank() + step
+    return torch.randint(-64, 64, shape, generator=torch.Generator().manual_seed(seed)).float()
+
+
+class Values(nn.Module):
+    """A weight whose gradient is what the input says."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(700))
+        self.bias = nn.Parameter(torch.zeros(33))
+
+    def forward(self, gradient: Tensor) -> Tensor:
+        return (self.weight * gradient[:700]).sum() + (self.bias * gradient[700:]).sum()
+
+
+def gradients(exact: bool) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """For some steps: the hook's gradients, those of torch's own hook, and a sum of absolute ones."""
+    models = [DistributedDataParallel(Values()) for _ in range(2)]
+    optimizer = FusedChildAdamW(models[0].named_parameters(), **OPTIONS, reserve_p=0.3)
+    register_child_comm_hook(models[0], optimizer)
+    models[1].register_comm_hook(None, allreduce_hook)
+    found = []
+    for step in range(3):
+        values = integers_of(step, torch.Size([733]))
+        if not exact:
+            values = values / 7
+        for model in models:
+            model(values).backward()
+        child, whole = (torch.cat([p.grad.clone() for p in model.parameters()]) for model in models)  # type: ignore[union-attr]
+        total = values.abs()
+        torch.distributed.all_reduce(total)
+        found.append((child, whole, total))
+        optimizer.step()
+        for model in models:
+            model.zero_grad()
+    return found
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_kept_gradients_are_those_of_torchs_own_hook(ranks: Ranks, world: int) -> None:
+    """In every bit where sums are exact or of two; else the ring adds up in an order that goes by place."""
+    exact = world == 4
+    found = ranks.run(world, gradients, exact)
+    for steps in zip(*found, strict=True):
+        for child, whole, total in steps:
+            kept = child.view(torch.int32) != 0
+            assert 0.2 < kept.float().mean() < 0.4
+            assert torch.equal(child, steps[0][0])
+            difference = (child - whole)[kept].abs()
+            if world == 3:
+                assert (
+                    difference <= 4 * torch.finfo(torch.float32).eps * total[kept] / world
+                ).all()
+            else:
+                assert not difference.any()
+    masks = [child != 0 for child, _, _ in found[0]]
+    assert not torch.equal(masks[0], masks[1])
+
+
+def poisoned() -> tuple[bool, bool]:
+    """NaN in a dropped and in a kept place of rank 1: what comes to this rank."""
+    dense = torch.arange(733) % 2 == 0
+    model = DistributedDataParallel(Values())
+    mask = ChildMask.from_dense({"weight": dense[:700], "bias": dense[700:]})
+    optimizer = FusedChildAdamW(model.named_parameters(), **OPTIONS, child_mask=mask)
+    register_child_comm_hook(model, optimizer)
+    found = []
+    for place in (3, 4):
+        values = torch.ones(733)
+        if torch.distributed.get_rank() == 1:
+            values[place] = float("nan")
+        model(values).backward()
+        weight: Any = model.module.weight.grad
+        found.append(bool(weight.isnan().any()))
+        assert weight[1::2].view(torch.int32).count_nonzero() == 0
+        model.zero_grad()
+    return found[0], found[1]
+
+
+def test_a_nan_outside_the_child_does_not_travel(ranks: Ranks) -> None:
+    assert ranks.run(2, poisoned) == [(False, True)] * 2
+
+
+def message_of(action: Callable[[], Any]) -> str:
+    try:
+        action()
+    except (RuntimeError, ValueError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return "nothing"
+
+
+def disagreeing(how: str) -> str:
+    """The error where rank 1 differs: at the registration, or in a backward after it."""
+    second = torch.distributed.get_rank() == 1
+    model = DistributedDataParallel(Values())
+    options: dict[str, Any] = {"lr": 1e-2, "seed": 7, "reserve_p": 0.3}
+    if how == "seed":
+        options["seed"] += second
+    if how == "mask":
+        halves = torch.arange(733) % 2 == int(second)
+        mask = ChildMask.from_dense({"weight": halves[:700], "bias": halves[700:]})
+        options |= {"reserve_p": 1.0, "child_mask": mask}
+    optimizer = FusedChildAdamW(model.named_parameters(), **options)
+    if how == "registration" and second:
+        optimizer.param_groups[0]["reserve_p"] = 2.0
+    registered = message_of(lambda: register_child_comm_hook(model, optimizer))
+    if how in ("seed", "mask", "registration"):
+        return registered
+    assert registered == "nothing"
+    if second and how == "p":
+        optimizer.param_groups[0]["reserve_p"] = 0.4
+    if second and how == "step":
+        for state in optimizer.state.values():
+            state["step"] += 1
+    if second and how == "option":
+        optimizer.param_groups[0]["reserve_p"] = float("nan")
+    return message_of(lambda: model(torch.ones(733)).backward())
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("seed", "0 and 1 would send other elements of weight: seed 7 and 8; give the optimizer"),
+        (
+            "mask",
+            "0 and 1 would send other elements of weight: child mask [0-9a-f]+ and [0-9a-f]+;",
+        ),
+        ("registration", "reserve_p=2.0"),
+        ("p", r"other elements of weight: reserve_p 0\.3 and 0\.4;"),
+        ("step", "other elements of weight: steps done 0 and 1;"),
+        ("option", "reserve_p=nan"),
+    ],
+)
+def test_masks_that_differ_are_an_error_on_every_rank(ranks: Ranks, how: str, message: str) -> None:
+    for found in ranks.run(2, disagreeing, how):
+        assert re.search(message, found), found
+
+
+def changed_before_the_step(change: str) -> tuple[str, bool]:
+    """What a step says whose masks changed after the backward, and whether it left the weights alone."""
+    plain = Model()
+    model = DistributedDataParallel(plain)
+    optimizer = optimizer_of(plain, "both")
+    register_child_comm_hook(model, optimizer)
+    before = {name: value.detach().clone() for name, value in plain.named_parameters()}
+    model(batch(0)).square().sum().backward()
+    if change == "mask":
+        optimizer.set_child_mask(child_of(plain, seed=5))
+    elif change == "words":
+        # As a checkpoint that is loaded in place does it.
+        next(s["mask_words"] for s in optimizer.state.values() if "mask_words" in s).zero_()
+    else:
+        optimizer.param_groups[0]["reserve_p"] = {"larger": 0.6, "smaller": 0.4}[change]
+    said = message_of(optimizer.step)
+    return said, all(torch.equal(before[name], p) for name, p in plain.named_parameters())
+
+
+def test_a_step_by_another_mask_than_the_sent_one_is_refused(ranks: Ranks) -> None:
+    for change in ("mask", "words", "larger"):
+        for said, untouched in ranks.run(1, changed_before_the_step, change):
+            assert "was changed after its gradient had been reduced" in said, change
+            assert untouched
+    assert ranks.run(1, changed_before_the_step, "smaller") == [("nothing", False)]
+
+
+def refusals() -> dict[str, str]:
+    model = DistributedDataParallel(Values())
+    named = list(model.named_parameters())
+    optimizer = FusedChildAdamW(named, **OPTIONS, reserve_p=0.3)
+    said = {
+        "no DDP": message_of(lambda: register_child_comm_hook(Values(), optimizer)),
+        "AdamW": message_of(
+            lambda: register_child_comm_hook(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
+        ),
+        "ZeRO": message_of(
+            lambda: register_child_comm_hook(
+                model,
+                ZeroRedundancyOptimizer(model.parameters(), FusedChildAdamW, lr=1e-2),  # type: ignore[arg-type]
+            )
+        ),
+        "other model": message_of(
+            lambda: register_child_comm_hook(
+                model, FusedChildAdamW(Values().named_parameters(), **OPTIONS)
+            )
+        ),
+        "sparse": message_of(
+            lambda: register_child_comm_hook(
+                DistributedDataParallel(embedding), FusedChildAdamW(embedding.parameters(), lr=1e-2)
+            )
+        )
+        if (embedding := nn.Embedding(4, 3, sparse=True))
+        else "",
+    }
+    with optimizer.release_gradients():
+        said["released"] = message_of(lambda: register_child_comm_hook(model, optimizer))
+    register_child_comm_hook(model, optimizer)
+    said["twice"] = message_of(lambda: register_child_comm_hook(model, optimizer))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        whole = DistributedDataParallel(Values())
+        register_child_comm_hook(whole, FusedChildAdamW(whole.named_parameters(), **OPTIONS))
+    said["no mask"] = f"{caught[-1].filename}: {caught[-1].message}"
+    return said
+
+
+def test_what_cannot_be_served_is_refused_with_a_remedy(ranks: Ranks) -> None:
+    said = ranks.run(1, refusals)[0]
+    assert re.match("TypeError: ddp_model is a Values, not a Distributed", said["no DDP"])
+    assert re.match("TypeError: optimizer is a AdamW, not a Fused", said["AdamW"])
+    assert re.match("TypeError: optimizer is a ZeroRedundancyOptimizer", said["ZeRO"])
+    assert re.match("ValueError: optimizer holds no parameter of ddp_model", said["other model"])
+    assert "makes sparse gradients; use sparse=False" in said["sparse"]
+    assert re.match(r"RuntimeError: release_gradients\(\) is active", said["released"])
+    assert re.search("can only be called once.* make the Distributed", said["twice"])
+    assert re.search(
+        r"test_comm_hook\.py: .* no parameter of the model has a mask", said["no mask"]
+    )
+
+
+def held_in_part() -> tuple[bool, bool, int]:
+    """The optimizer holds the weight alone: whether its gradient is masked and the bias's whole."""
+    model = DistributedDataParallel(Values())
+    optimizer = FusedChildAdamW([("weight", model.module.weight)], **OPTIONS, reserve_p=0.3)
+    hook = register_child_comm_hook(model, optimizer)
+    model(torch.ones(733)).backward()
+    weight, bias = model.module.weight.grad, model.module.bias.grad
+    return bool((weight == 0).any()), bool((bias == 1).all()), hook.sent_bytes
+
+
+def test_parameters_outside_the_optimizer_are_sent_whole(ranks: Ranks) -> None:
+    for masked, whole, sent in ranks.run(2, held_in_part):
+        assert masked
+        assert whole
+        assert 4 * 33 < sent < 4 * 733 / 2
