@@ -20,10 +20,10 @@ _FACTS = ("seed", "reserve_p", "steps done", "child mask")
 def register_child_comm_hook(ddp_model: nn.Module, optimizer: FusedChildAdamW) -> ChildCommHook:
     """Have ``DistributedDataParallel`` send only the gradient elements that the next step will use.
 
-    Of every bucket the elements that the masks keep (CT_F: in the coming step, which all ranks know; CT_D; both)
-    are packed, averaged over the ranks in the gradients' type, and put back; all others become +0. Kept
-    elements are what torch's ``allreduce_hook`` makes of them, up to the order of the sum: the same bits on two
-    ranks. Parameters without a mask, and those that the optimizer does not hold, are sent whole.
+    Of every bucket the elements that the masks keep (CT_F: in the coming step, which all ranks know; CT_D;
+    both) are packed, averaged over the ranks in the gradients' type, and put back; all others become +0. Kept
+    elements are what torch's ``allreduce_hook`` makes of them, up to the order of the sum: the same bits on
+    two ranks. Parameters without a mask, and those that the optimizer does not hold, are sent whole.
 
     So ``max_grad_norm`` with ``clip="before_mask"``, ``clip_grad_norm_``, ``skip_nonfinite`` and a GradScaler
     see the gradients of the child alone: a NaN outside it is not sent, and skips no step. Gradients are

@@ -66,7 +66,7 @@ def batch(step: int, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def optimizer_of(model: nn.Module, kind: str) -> FusedChildAdamW:
-    named = list(model.named_parameters())
+    named: list[tuple[str, Any]] = list(model.named_parameters())
     if kind == "groups":
         groups: list[dict[str, Any]] = [
             {"params": named[:2], "reserve_p": 0.3},
@@ -74,15 +74,14 @@ def optimizer_of(model: nn.Module, kind: str) -> FusedChildAdamW:
             {"params": named[4:]},
         ]
         return FusedChildAdamW(groups, **OPTIONS)
-    options: dict[str, Any] = {
+    options: dict[str, dict[str, Any]] = {
         "ct_f": {"reserve_p": 0.3},
         "ct_d": {"child_mask": child_of(model)},
         "ct_d dense": {"child_mask": child_of(model), "child_state": "dense"},
         "both": {"child_mask": child_of(model, p=0.6), "reserve_p": 0.5},
         "decays outside": {"child_mask": child_of(model), "freeze_non_child": False, "child_state": "dense"},
-        "plain": {},
-    }[kind]  # fmt: skip
-    return FusedChildAdamW(named, **OPTIONS, **options)
+    }  # fmt: skip
+    return FusedChildAdamW(named, **OPTIONS, **options[kind])
 
 
 Between = Callable[[int, nn.Module, FusedChildAdamW], None]
