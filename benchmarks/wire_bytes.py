@@ -2,7 +2,8 @@
 
 Two ranks (gloo) in network namespaces of their own, joined by a virtual link that is limited to ``--rate`` in
 each direction (``ip netns`` and ``tc tbf``, for which one must be root). Whatever an interface sends is
-counted, headers too; nobody else uses it. ``--loopback`` needs no rights: no limit, and tensors alone are counted.
+counted, headers too; nobody else uses it. ``--loopback`` needs no rights: no limit, and nothing but tensors
+is counted.
 
     python -m benchmarks.wire_bytes
     python -m benchmarks.wire_bytes --rate 1gbit --width 768 --json wire.json

@@ -16,6 +16,8 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 
+from benchmarks import wire_bytes
+from benchmarks.gradient_memory import Transformer
 from childtune_kernels import ChildMask, FusedChildAdamW, register_child_comm_hook
 from childtune_kernels.comm_hook import ChildCommHook
 
@@ -428,3 +430,18 @@ def test_parameters_outside_the_optimizer_are_sent_whole(ranks: Ranks) -> None:
         assert masked
         assert whole
         assert 4 * 33 < sent < 4 * 733 / 2
+
+
+def test_the_bytes_on_the_wire_are_those_of_the_child(ranks: Ranks) -> None:
+    """The benchmark in little: what it reports is what the masks and the interface say."""
+    matrices = {
+        name: value for name, value in Transformer(16).named_parameters() if value.dim() == 2
+    }
+    everything = sum(value.numel() for value in Transformer(16).parameters())
+    in_matrices = sum(value.numel() for value in matrices.values())
+    child = 4 * (round(0.1 * in_matrices) + everything - in_matrices)
+    for way, expected in (("whole", 4 * everything), ("CT_D 0.1", child)):
+        for found in ranks.run(2, wire_bytes.measure, wire_bytes.WAYS[way], 16, 1, "lo"):
+            assert found["gradients"] == found["buckets"] == 4 * everything
+            assert found["reduced"] == expected
+            assert found["interface"] > expected
