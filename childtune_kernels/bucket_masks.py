@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol
 
@@ -127,14 +127,14 @@ class BucketMasks:
 
     def __init__(self, optimizer: Any, parameters: Iterable[Tensor]) -> None:
         self._optimizer = optimizer
-        self._parameters = list(parameters)
-        self._members = set(self._parameters)
+        self.parameters = list(parameters)
+        self._members = set(self.parameters)
         self._steps_taken = 0
         self._sources: dict[Tensor, MaskSource] = {}
         self._plans: dict[int, _Plan] = {}
         self._fixed: dict[Tensor, tuple[MaskSource, Tensor, str]] = {}
-        self._ahead: dict[Tensor, tuple[MaskSource, int]] = {}
-        self._ahead_steps: _HostNumbers | None = None
+        self._away: dict[Tensor, MaskSource] = {}
+        self._away_steps: _HostNumbers | None = None
 
     def step_taken(self) -> None:
         """Say that the optimizer has stepped, or tried to."""
@@ -185,21 +185,22 @@ class BucketMasks:
 
         Raises: ValueError, see ``look``.
         """
-        drawn = {
-            parameter: (source, source.step)
-            for parameter, source in self.look().items()
-            if source.step is not None and source.step.device.type != "cpu"
-        }
-        if drawn and not all(
-            parameter in self._ahead and source.same_step(self._ahead[parameter][0])
-            for parameter, (source, _) in drawn.items()
-        ):
-            self._ahead = {
-                parameter: (source, at) for at, (parameter, (source, _)) in enumerate(drawn.items())
-            }
-            self._ahead_steps = _HostNumbers(torch.stack([step for _, step in drawn.values()]))
+        self.look()
+        self._send_steps()
         for plan in self._plans.values():
             self._renew(plan)
+
+    def _send_steps(self) -> None:
+        """Have the steps that lie on a device travel to the host, unless they have."""
+        away = {
+            parameter: source
+            for parameter, source in self._sources.items()
+            if source.step is not None and source.step.device.type != "cpu"
+        }
+        if not same_masks(self._away, away):
+            steps = [source.step for source in away.values() if source.step is not None]
+            self._away_steps = _HostNumbers(torch.stack(steps)) if steps else None
+            self._away = away
 
     def described(self) -> list[tuple[Any, ...]]:
         """For every parameter: label, seed, p, steps done and digest of its fixed mask.
@@ -207,9 +208,11 @@ class BucketMasks:
         Ranks on which these are equal keep the same elements. What a parameter's mask does not depend on is
         None. As last looked at.
         """
-        arrived = [] if self._ahead_steps is None else self._ahead_steps.read()
+        self._send_steps()
+        arrived = [] if self._away_steps is None else self._away_steps.read()
+        steps = dict(zip(self._away, arrived, strict=True))
         found: list[tuple[Any, ...]] = []
-        for parameter in self._parameters:
+        for parameter in self.parameters:
             source = self._sources.get(parameter)
             if source is None:
                 found.append(("(not in the optimizer)", None, None, None, None))
@@ -218,11 +221,7 @@ class BucketMasks:
             if source.step is None:
                 found.append((source.label, None, None, None, child))
                 continue
-            step = source.moment
-            if source.step.device.type != "cpu":
-                ahead = self._ahead.get(parameter)
-                known = ahead is not None and source.same_step(ahead[0])
-                step = arrived[ahead[1]] if ahead is not None and known else int(source.step)
+            step = steps.get(parameter, source.moment)
             found.append((source.label, source.seed, source.reserve_p, step, child))
         return found
 
@@ -292,6 +291,13 @@ class BucketMasks:
             known = source, words, digest.hexdigest()
             self._fixed[parameter] = known
         return known[1], known[2]
+
+
+def same_masks(one: Mapping[Tensor, MaskSource], other: Mapping[Tensor, MaskSource]) -> bool:
+    """Whether the same parameters have the same masks in both, for sure."""
+    return one.keys() == other.keys() and all(
+        source.same_mask(other[parameter]) for parameter, source in one.items()
+    )
 
 
 def _version(tensor: Tensor) -> int:

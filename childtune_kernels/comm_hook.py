@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from . import ops, rank_values, sharding
-from .bucket_masks import Bucket, BucketMasks, MaskSource
+from .bucket_masks import Bucket, BucketMasks, MaskSource, same_masks
 from .optimizer import FusedChildAdamW
 
 _FACTS = ("seed", "reserve_p", "steps done", "child mask")
@@ -84,7 +84,8 @@ class ChildCommHook:
         self._hosts = rank_values.group_of_hosts(self._group)
         trained = [parameter for parameter in ddp_model.parameters() if parameter.requires_grad]
         self._masks = BucketMasks(optimizer, trained)
-        self._sent: dict[Tensor, MaskSource] | None = None
+        # Of the reductions since the last step: more than one where masks changed in between.
+        self._sent: list[dict[Tensor, MaskSource]] = []
         self._agree(registering=True)
         if not self._masks.has_masks():
             warnings.warn(
@@ -103,7 +104,9 @@ class ChildCommHook:
     def reduce(self, bucket: Bucket) -> torch.futures.Future[Tensor]:
         """Average the kept elements of a bucket over the ranks; +0 elsewhere."""
         if bucket.index() == 0:
-            self._sent = self._agree(registering=False)
+            sources = self._agree(registering=False)
+            if not (self._sent and same_masks(self._sent[-1], sources)):
+                self._sent.append(sources)
         buffer = bucket.buffer()
         packing = self._masks.packing(bucket)
         sent = buffer
@@ -113,7 +116,8 @@ class ChildCommHook:
         self.sent_bytes += sent.nbytes
         self.whole_bytes += buffer.nbytes
         if sent.numel() == 0:
-            done: torch.futures.Future[Tensor] = torch.futures.Future()
+            devices: list[Any] = [] if buffer.device.type == "cpu" else [buffer.device]
+            done: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
             done.set_result(buffer)
             return done
         # Before the sum, as torch's allreduce_hook does: a sum of fp16 gradients may overflow.
@@ -164,6 +168,8 @@ class ChildCommHook:
     def _before_forward(self, model: Any, _: Any) -> None:
         if not (model.training and model.require_backward_grad_sync):
             return
+        if all(parameter.grad is None for parameter in self._masks.parameters):
+            self._sent.clear()
         try:
             self._masks.draw_ahead()
         except ValueError:
@@ -176,11 +182,13 @@ class ChildCommHook:
         Raises:
             RuntimeError: names the first such parameter; nothing was written.
         """
-        if self._sent is None:
+        if not self._sent:
             return
         for parameter, now in self._masks.look().items():
-            sent = self._sent.get(parameter)
-            if parameter.grad is not None and (sent is None or not sent.covers(now)):
+            sent = [sources.get(parameter) for sources in self._sent]
+            # What the optimizer did not hold then was sent whole.
+            covered = all(source is None or source.covers(now) for source in sent)
+            if parameter.grad is not None and not covered:
                 raise RuntimeError(
                     f"the mask of {now.label} was changed after its gradient had been reduced, so that this "
                     "step would use elements that were not sent; change masks, reserve_p, seed and state "
@@ -188,7 +196,7 @@ class ChildCommHook:
                 )
 
     def _after_step(self, *_: Any) -> None:
-        self._sent = None
+        self._sent.clear()
         self._masks.step_taken()
 
 

@@ -348,17 +348,46 @@ def changed_before_the_step(change: str) -> tuple[str, bool]:
         # As a checkpoint that is loaded in place does it.
         next(s["mask_words"] for s in optimizer.state.values() if "mask_words" in s).zero_()
     else:
-        optimizer.param_groups[0]["reserve_p"] = {"larger": 0.6, "smaller": 0.4}[change]
+        optimizer.param_groups[0]["reserve_p"] = {"larger": 0.6, "smaller": 0.4, "between": 0.6}[
+            change
+        ]
+    if change == "between":
+        model(batch(0)).square().sum().backward()
     said = message_of(optimizer.step)
     return said, all(torch.equal(before[name], p) for name, p in plain.named_parameters())
 
 
 def test_a_step_by_another_mask_than_the_sent_one_is_refused(ranks: Ranks) -> None:
-    for change in ("mask", "words", "larger"):
+    for change in ("mask", "words", "larger", "between"):
         for said, untouched in ranks.run(1, changed_before_the_step, change):
             assert "was changed after its gradient had been reduced" in said, change
             assert untouched
     assert ranks.run(1, changed_before_the_step, "smaller") == [("nothing", False)]
+
+
+def dropped() -> tuple[str, bool]:
+    """Gradients that are dropped unused, another p, and an ordinary step; the weight has no child."""
+    model = DistributedDataParallel(Values())
+    masks = {
+        "weight": torch.zeros(700, dtype=torch.bool),
+        "bias": torch.zeros(33, dtype=torch.bool),
+    }
+    optimizer = FusedChildAdamW(
+        model.named_parameters(), **OPTIONS, child_mask=ChildMask.from_dense(masks)
+    )
+    hook = register_child_comm_hook(model, optimizer)
+    model(torch.ones(733)).backward()
+    optimizer.zero_grad()
+    optimizer.set_child_mask(None)
+    model(torch.ones(733)).backward()
+    said = message_of(optimizer.step)
+    return said, hook.sent_bytes == 4 * 733 and hook.whole_bytes == 8 * 733
+
+
+def test_dropped_gradients_allow_another_mask_and_an_empty_child_sends_nothing(
+    ranks: Ranks,
+) -> None:
+    assert ranks.run(2, dropped) == [("nothing", True)] * 2
 
 
 def refusals() -> dict[str, str]:

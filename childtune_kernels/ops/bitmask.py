@@ -155,12 +155,14 @@ def join_words(words: Sequence[Tensor], numels: Sequence[int]) -> Tensor:
     for each, numel in zip(words, numels, strict=True):
         check_words("part", each, numel, tail_is_zero=True)
         (first, shift), at = divmod(at, 32), at + numel
+        if shift == 0:
+            joined[first : first + each.numel()] = each
+            continue
         joined[first : first + each.numel()].bitwise_or_(each << shift)
-        if shift:
-            # What is shifted out of a word; >> fills up with the sign.
-            carried = (each >> (32 - shift)) & ((1 << shift) - 1)
-            following = joined[first + 1 : first + 1 + each.numel()]
-            following.bitwise_or_(carried[: following.numel()])
+        # What is shifted out of a word; >> fills up with the sign.
+        carried = (each >> (32 - shift)) & ((1 << shift) - 1)
+        following = joined[first + 1 : first + 1 + each.numel()]
+        following.bitwise_or_(carried[: following.numel()])
     return joined
 
 
