@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import child_layout, ops
-from .group_options import group_numbers
+from .group_options import keep_threshold
 from .labels import philox_key
 from .plan_row import INDICES_UNIT, contiguous_map
 from .state_tensors import state_of
@@ -152,8 +152,8 @@ class BucketMasks:
         """
         found: dict[Tensor, MaskSource] = {}
         for number, group in enumerate(self._optimizer.param_groups):
-            numbers = group_numbers(group, False, f"group {number}")
-            drawn = numbers.threshold < ops.KEEP_ALL
+            reserve_p, threshold = keep_threshold(group["reserve_p"], f"group {number}")
+            drawn = threshold < ops.KEEP_ALL
             for label, parameter in zip(group["param_names"], group["params"], strict=True):
                 if parameter not in self._members:
                     continue
@@ -161,8 +161,8 @@ class BucketMasks:
                 found[parameter] = MaskSource(
                     label=label,
                     seed=group["seed"],
-                    reserve_p=numbers.reserve_p,
-                    threshold=numbers.threshold,
+                    reserve_p=reserve_p,
+                    threshold=threshold,
                     step=state["step"] if drawn else None,
                     moment=self._moment(state["step"]) if drawn else 0,
                     fixed=tuple(
