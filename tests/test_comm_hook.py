@@ -179,6 +179,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "accumulated views": ("ct_f", {"gradient_as_bucket_view": True}, {"micro_batches": 2}),
     "unused": ("both", {"find_unused_parameters": True}, {}),
     "replaced": ("both", {}, {"between": replaced}),
+    "replaced child": ("ct_d", {}, {"between": replaced}),
 }
 
 
@@ -382,6 +383,25 @@ def dropped() -> tuple[str, bool]:
     model(torch.ones(733)).backward()
     said = message_of(optimizer.step)
     return said, hook.sent_bytes == 4 * 733 and hook.whole_bytes == 8 * 733
+
+
+def dropped_and_drawn_anew() -> tuple[float, str]:
+    """The same step twice, by a larger p the second time: the share of elements that were sent for it."""
+    model = DistributedDataParallel(Values())
+    optimizer = FusedChildAdamW(model.named_parameters(), **OPTIONS, reserve_p=0.3)
+    register_child_comm_hook(model, optimizer)
+    model(torch.ones(733)).backward()
+    optimizer.zero_grad()
+    optimizer.param_groups[0]["reserve_p"] = 0.9
+    model(torch.ones(733)).backward()
+    sent = torch.cat([parameter.grad for parameter in model.parameters()])  # type: ignore[misc]
+    return float(sent.mean()), message_of(optimizer.step)
+
+
+def test_a_mask_is_drawn_anew_within_one_step(ranks: Ranks) -> None:
+    for share, said in ranks.run(2, dropped_and_drawn_anew):
+        assert 0.85 < share < 0.95
+        assert said == "nothing"
 
 
 def test_dropped_gradients_allow_another_mask_and_an_empty_child_sends_nothing(
