@@ -115,11 +115,6 @@ class ChildCommHook:
             buffer.zero_()
         self.sent_bytes += sent.nbytes
         self.whole_bytes += buffer.nbytes
-        if sent.numel() == 0:
-            devices: list[Any] = [] if buffer.device.type == "cpu" else [buffer.device]
-            done: torch.futures.Future[Tensor] = torch.futures.Future(devices=devices)
-            done.set_result(buffer)
-            return done
         # Before the sum, as torch's allreduce_hook does: a sum of fp16 gradients may overflow.
         sent.div_(self._group.size())
 
