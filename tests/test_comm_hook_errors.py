@@ -69,6 +69,7 @@ def disagreeing(how: str) -> str:
         ("step", "other elements of weight: steps done 0 and 1;"),
         ("option", "reserve_p=nan"),
     ],
+    ids=["seed", "mask", "registration", "p", "step", "option"],
 )
 def test_masks_that_differ_are_an_error_on_every_rank(ranks: Ranks, how: str, message: str) -> None:
     for found in ranks.run(2, disagreeing, how):
@@ -201,5 +202,5 @@ def test_what_cannot_be_served_is_refused_with_a_remedy(ranks: Ranks) -> None:
     assert re.match(r"RuntimeError: release_gradients\(\) is active", said["released"])
     assert re.search("can only be called once.* make the Distributed", said["twice"])
     assert re.search(
-        r"test_comm_hook\.py: .* no parameter of the model has a mask", said["no mask"]
+        r"test_comm_hook_errors\.py: .* no parameter of the model has a mask", said["no mask"]
     )
