@@ -3,6 +3,7 @@
 from ._version import __version__
 from .child_checkpoint import apply_child, child_diff, load_child, save_child
 from .child_mask import ChildMask
+from .comm_hook import register_child_comm_hook
 from .fisher import FisherAccumulator
 from .group_options import lr_for
 from .optimizer import FusedChildAdamW
@@ -22,6 +23,7 @@ __all__ = [
     "load_child",
     "lr_for",
     "random_child",
+    "register_child_comm_hook",
     "save_child",
     "select_child",
 ]

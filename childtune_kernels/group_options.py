@@ -61,8 +61,12 @@ def _betas(value: Any, where: str) -> tuple[float, float]:
     return beta1, beta2
 
 
-def _threshold(reserve_p: Any, where: str) -> tuple[float, int]:
-    """p and T = round(p * 2**32) (eq. 3)."""
+def keep_threshold(reserve_p: Any, where: str) -> tuple[float, int]:
+    """p and T = round(p * 2**32) (SPEC.md, eq. 3).
+
+    Raises:
+        ValueError: no number, outside (0, 1], or so small that T is 0.
+    """
     remedy = "use 1.0 to keep every gradient element, or keep the parameters out of the optimizer"
     p = _number("reserve_p", reserve_p, where)
     if p > 1:
@@ -238,7 +242,7 @@ def group_numbers(
     """
     _check_choices(group, where)
     beta1, beta2 = _betas(group["betas"], where)
-    reserve_p, threshold = _threshold(group["reserve_p"], where)
+    reserve_p, threshold = keep_threshold(group["reserve_p"], where)
     eps = _number("eps", group["eps"], where)
     if (has_fixed_mask or reserve_p < 1) and _rounds_to_zero(eps):
         raise ValueError(
@@ -289,5 +293,5 @@ def lr_for(reserve_p: float, lr: float) -> float:
     Raises:
         ValueError: ``reserve_p`` outside (0, 1], ``lr`` not finite or negative.
     """
-    p, _ = _threshold(reserve_p, "lr_for")
+    p, _ = keep_threshold(reserve_p, "lr_for")
     return _number("lr", lr, "lr_for") / math.sqrt(p)

@@ -52,6 +52,24 @@ def of_first_rank(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
     return sent.to(values.device)
 
 
+def start_sum_(values: Tensor, group: ProcessGroup | None = None) -> torch.futures.Future[Any]:
+    """Begin to add up the values of all ranks of the group, in place; done when the future is."""
+    work = torch.distributed.all_reduce(values, group=group, async_op=True)
+    future: torch.futures.Future[Any] = work.get_future()
+    return future
+
+
+def group_of_hosts(group: ProcessGroup) -> ProcessGroup:
+    """The group, or one of the same ranks that takes CPU tensors where it does not; all ranks call it."""
+    if _device_of(group, torch.device("cpu")).type == "cpu":
+        return group
+    ranks = torch.distributed.get_process_group_ranks(group)
+    made: ProcessGroup = torch.distributed.new_group(
+        ranks, backend="gloo", use_local_synchronization=True
+    )
+    return made
+
+
 def _device_of(group: ProcessGroup | None, device: torch.device) -> torch.device:
     """The device where the group's backends take a tensor of ``device``."""
     config = torch.distributed.get_backend_config(group)  # "cpu:gloo,cuda:nccl"

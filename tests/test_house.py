@@ -38,7 +38,8 @@ FLOORS: list[set[str]] = [
     {"weight_formats"},  # masters, remainders, types of moments
     # groups that were saved; a parameter's state; sums of its gradients
     {"child_gradients", "saved_groups", "state_tensors", "summary"},
-    {"step_plan"},  # the tables of a step
+    # the tables of a step; which elements of gradients are sent for it
+    {"bucket_masks", "step_plan"},
     # what an optimizer, a model and a disk bring; gradients one by one; Fisher to masks
     {
         "fisher_examples",
@@ -62,6 +63,7 @@ FLOORS: list[set[str]] = [
     {"step_planner"},  # which plans a step takes
     {"gradient_release"},  # steps of single parameters, from within backward
     {"child_checkpoint", "fisher", "optimizer"},
+    {"comm_hook"},  # an optimizer under DistributedDataParallel
     {"self_check", "report"},  # for the command line only
     {"__init__"},  # the public names and nothing else
     {"__main__", "commands"},  # the command line: what is called, and a room a command

@@ -162,7 +162,7 @@ def keep_words(
     numel: int,
     element_map: IndexMap,
     key: int,
-    step: int,
+    step: int | Tensor,
     purpose: int,
     threshold: int,
     device: torch.device,
@@ -176,7 +176,7 @@ def keep_words(
         columns,
         element_map.is_contiguous,
         key - (key >> 63 << 64),
-        step,
+        int(step),
         purpose,
         threshold,
         capability(),
@@ -227,7 +227,7 @@ def mask_indices(words: Tensor, dtype: torch.dtype) -> Tensor:
     return indices
 
 
-def gather_masked(values: Tensor, words: Tensor) -> Tensor:
+def gather_masked(values: Tensor, words: Tensor, _: int | None = None) -> Tensor:
     """The values where bits are set (contract: ops.gather_masked)."""
     ranks = mask_ranks(words, _MOVED)
     child = torch.empty(int(ranks[-1]), dtype=values.dtype, device="cpu")

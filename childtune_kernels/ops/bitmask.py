@@ -86,24 +86,33 @@ def mask_indices(
     return indices
 
 
-def gather_masked(values: Tensor, words: Tensor, backend: str | None = None) -> Tensor:
+def gather_masked(
+    values: Tensor, words: Tensor, backend: str | None = None, *, count: int | None = None
+) -> Tensor:
     """The elements of a tensor whose bit is set, row-major, one dimension; every bit of them is kept.
 
     Args:
         values: any shape and strides, elements of up to 8 bytes; strides that are not row-major are copied.
         words: mask words of as many elements, on the same device.
+        count: the bits that are set, none of them past the end, where the caller is sure of it: then no host
+            waits for a device.
 
     Raises:
         ValueError: words that do not fit, or lie elsewhere.
     """
-    _check_values(values, words)
+    _check_values(values, words, tail_is_zero=count is not None)
     module = registry.choose("bitmask", words.device, backend).module
-    child: Tensor = module.gather_masked(values, words)
+    child: Tensor = module.gather_masked(values, words, count)
     return child
 
 
 def scatter_masked_(
-    values: Tensor, child: Tensor, words: Tensor, backend: str | None = None
+    values: Tensor,
+    child: Tensor,
+    words: Tensor,
+    backend: str | None = None,
+    *,
+    count: int | None = None,
 ) -> None:
     """Put ``child`` where bits are set: the inverse of ``gather_masked``.
 
@@ -111,20 +120,50 @@ def scatter_masked_(
         values: contiguous; changed in place, where bits are set alone.
         child: one dimension, of the type of ``values``, an element for each bit that is set.
         words: mask words of the elements of ``values``; all three on one device.
+        count: as in ``gather_masked``.
 
     Raises:
         ValueError: words or values that do not fit or lie elsewhere; nothing was written.
     """
-    _check_values(values, words)
+    _check_values(values, words, tail_is_zero=count is not None)
     if not values.is_contiguous():
         raise ValueError(f"values with strides {values.stride()} must be contiguous")
-    count = count_mask(words, backend)
+    count = count_mask(words, backend) if count is None else count
     if child.dtype != values.dtype or child.shape != (count,) or child.device != values.device:
         raise ValueError(
             f"child of {child.dtype} {tuple(child.shape)} on {child.device} for {count} elements of "
             f"{values.dtype} on {values.device}"
         )
     registry.choose("bitmask", words.device, backend).module.scatter_masked_(values, child, words)
+
+
+def join_words(words: Sequence[Tensor], numels: Sequence[int]) -> Tensor:
+    """The mask words of several tensors laid one after the other.
+
+    Args:
+        words: int32 mask words of each, without bits past the end, on one device.
+        numels: elements of each; at least one tensor.
+
+    Returns:
+        int32 ``[ceil(sum(numels) / 32)]``; the host reads nothing.
+
+    Raises:
+        ValueError: words of another kind or number.
+    """
+    joined = words[0].new_zeros((sum(numels) + 31) // 32)
+    at = 0
+    for each, numel in zip(words, numels, strict=True):
+        check_words("part", each, numel, tail_is_zero=True)
+        (first, shift), at = divmod(at, 32), at + numel
+        if shift == 0:
+            joined[first : first + each.numel()] = each
+            continue
+        joined[first : first + each.numel()].bitwise_or_(each << shift)
+        # What is shifted out of a word; >> fills up with the sign.
+        carried = (each >> (32 - shift)) & ((1 << shift) - 1)
+        following = joined[first + 1 : first + 1 + each.numel()]
+        following.bitwise_or_(carried[: following.numel()])
+    return joined
 
 
 def _check_kind(words: Tensor) -> None:
@@ -134,8 +173,8 @@ def _check_kind(words: Tensor) -> None:
         )
 
 
-def _check_values(values: Tensor, words: Tensor) -> None:
-    check_words("values", words, values.numel())
+def _check_values(values: Tensor, words: Tensor, *, tail_is_zero: bool = False) -> None:
+    check_words("values", words, values.numel(), tail_is_zero=tail_is_zero)
     if words.device != values.device:
         raise ValueError(f"words on {words.device} for values on {values.device}; use one device")
     if values.element_size() > 8:

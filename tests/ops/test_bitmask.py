@@ -162,6 +162,30 @@ def test_values_go_to_their_child_and_back(numel: int, dtype: torch.dtype, backe
     assert torch.equal(values.view(pattern), before.view(pattern))
 
 
+def test_a_known_count_is_not_counted_again(backend: str) -> None:
+    mask = placed(random_mask(1000, 0.3), backend)
+    words, values = ops.pack_mask(mask, backend="reference"), placed(torch.randn(1000), backend)
+    count = int(mask.sum())
+    child = ops.gather_masked(values, words, backend, count=count)
+    assert torch.equal(child, values[mask])
+    whole = torch.zeros_like(values)
+    ops.scatter_masked_(whole, child, words, backend, count=count)
+    assert torch.equal(whole, values * mask)
+    with pytest.raises(ValueError, match="child of"):
+        ops.scatter_masked_(whole, child, words, backend, count=count + 1)
+
+
+def test_words_of_several_tensors_are_joined() -> None:
+    """Parts that begin at any bit, and parts without elements."""
+    numels = [*range(70), 1, 33, 0, 64, 4096 + 5]
+    masks = [random_mask(numel, 0.5) for numel in numels]
+    joined = ops.join_words([ops.pack_mask(mask) for mask in masks], numels)
+    assert torch.equal(joined, ops.pack_mask(torch.cat(masks)))
+    assert torch.equal(ops.join_words([ops.pack_mask(masks[33])], [33]), ops.pack_mask(masks[33]))
+    with pytest.raises(ValueError, match="expected int32"):
+        ops.join_words([joined], [5])
+
+
 def test_values_are_read_row_major(backend: str) -> None:
     values = placed(torch.randn(7, 30, generator=generator_of("strides")).t(), backend)
     mask = placed(random_mask(210, 0.5).view(30, 7), backend)

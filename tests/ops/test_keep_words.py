@@ -88,6 +88,20 @@ def table_rows(heading: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("|").split("|")] for line in list(lines)[2:]]
 
 
+@pytest.mark.parametrize("step", [1, 2**32 - 1, 2**40 + 5])
+def test_a_step_may_be_a_tensor(step: int, backend: str) -> None:
+    device = device_of(backend)
+    arguments = (1000, contiguous_map(1000), philox_key(0, "a"))
+    counted = torch.tensor(step, device=device)
+    found = ops.keep_words(*arguments, counted, THRESHOLD, device=device, backend=backend)
+    assert torch.equal(
+        found, ops.keep_words(*arguments, step, THRESHOLD, device=device, backend=backend)
+    )
+    for wrong in (counted.view(1), counted.double()):
+        with pytest.raises(ValueError, match="expected int64 of no dimension"):
+            ops.keep_words(*arguments, wrong, THRESHOLD, device=device, backend=backend)
+
+
 def test_specification_holds_the_vectors() -> None:
     assert table_rows("counter") == [list(row) for row in RANDOM123]
     printed = [

@@ -64,7 +64,7 @@ def mask_indices(words: Tensor, dtype: torch.dtype) -> Tensor:
     return indices.to(dtype)
 
 
-def gather_masked(values: Tensor, words: Tensor) -> Tensor:
+def gather_masked(values: Tensor, words: Tensor, _: int | None = None) -> Tensor:
     """The values where bits are set (contract: ops.gather_masked)."""
     return values.reshape(-1)[unpack_mask(words, values.numel())]
 

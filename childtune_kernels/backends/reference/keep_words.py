@@ -15,11 +15,11 @@ def keep_words(
     numel: int,
     element_map: Any,
     key: int,
-    step: int,
+    step: int | Tensor,
     purpose: int,
     threshold: int,
     device: torch.device,
 ) -> Tensor:
     """Keep bits as mask words (contract: ops.keep_words)."""
     elements = mapped_indexes(numel, element_map.base, element_map.levels, device)
-    return pack_mask(keep_mask(elements, key, step, threshold, purpose))
+    return pack_mask(keep_mask(elements, key, int(step), threshold, purpose))

@@ -149,10 +149,11 @@ def mask_indices(words: Tensor, dtype: torch.dtype) -> Tensor:
     return indices
 
 
-def gather_masked(values: Tensor, words: Tensor) -> Tensor:
+def gather_masked(values: Tensor, words: Tensor, count: int | None = None) -> Tensor:
     """The values where bits are set (contract: ops.gather_masked)."""
     ranks = mask_ranks(words, _config(words).tile)
-    child = torch.empty(int(ranks[-1]), dtype=values.dtype, device=values.device)
+    count = int(ranks[-1]) if count is None else count
+    child = torch.empty(count, dtype=values.dtype, device=values.device)
     _move(words, ranks, values.numel(), _bits(values.contiguous()), _bits(child), "whole")
     return child
 

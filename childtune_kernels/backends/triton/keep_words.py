@@ -25,23 +25,23 @@ def packed_words(bits):
 
 @triton.jit
 def load_numbers(numbers):
-    """The first five int64 of a table of numbers."""
+    """The first four int64 of a table of numbers."""
     return (
         tl.load(numbers),
         tl.load(numbers + 1),
         tl.load(numbers + 2),
         tl.load(numbers + 3),
-        tl.load(numbers + 4),
     )
 
 
 @triton.jit
-def _keep_words_kernel(words, numbers, TILE: tl.constexpr):
+def _keep_words_kernel(words, steps, numbers, TILE: tl.constexpr):
     WORDS: tl.constexpr = TILE // 32
-    numel, key, step, purpose, threshold = load_numbers(numbers)
+    numel, key, purpose, threshold = load_numbers(numbers)
+    step = tl.load(steps)
     word = tl.program_id(0).to(tl.int64) * WORDS + tl.arange(0, WORDS)
     local = word[:, None] * 32 + tl.arange(0, 32)[None, :]
-    element = mapped_index(local, numbers + 5)
+    element = mapped_index(local, numbers + 4)
     kept = keep_bits(element, key, step, threshold.to(tl.uint32), purpose.to(tl.uint32))
     kept = (kept | (threshold == KEEP_ALL)) & (local < numel)
     tl.store(words + word, packed_words(kept), word * 32 < numel)
@@ -51,7 +51,7 @@ def keep_words(
     numel: int,
     element_map: IndexMap,
     key: int,
-    step: int,
+    step: int | Tensor,
     purpose: int,
     threshold: int,
     device: torch.device,
@@ -59,10 +59,15 @@ def keep_words(
     """Keep bits as mask words (contract: ops.keep_words)."""
     tile, num_warps = launch.config("keep_words", launch.generation(device))
     words = torch.empty((numel + 31) // 32, dtype=torch.int32, device=device)
-    numbers = [numel, key - (key >> 63 << 64), step, purpose, threshold, *element_map.columns()]
+    numbers = [numel, key - (key >> 63 << 64), purpose, threshold, *element_map.columns()]
+    if not isinstance(step, Tensor):
+        numbers.append(step)
     table = launch.table(numbers, device)
+    steps = step if isinstance(step, Tensor) else table[-1]
     programs = -(-numel // tile)
-    launch.launch(_keep_words_kernel, programs, device, (words, table), {"TILE": tile}, num_warps)
+    launch.launch(
+        _keep_words_kernel, programs, device, (words, steps, table), {"TILE": tile}, num_warps
+    )
     return words
 
 
@@ -72,7 +77,7 @@ def variants(generation: str) -> Iterator[launch.Variant]:
     yield launch.Variant(
         "keep_words",
         _keep_words_kernel,
-        {"words": "*i32", "numbers": "*i64", "TILE": "constexpr"},
+        {"words": "*i32", "steps": "*i64", "numbers": "*i64", "TILE": "constexpr"},
         {"TILE": tile},
         num_warps,
         elementwise=False,
