@@ -157,6 +157,7 @@ class FusedChildAdamW(Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"a parameter group must be a dict, not {type(param_group).__name__}")
         self._planner.captures.refuse("add_param_group")
+        self._planner.follow(self.param_groups, self.state)
         where = f"group {len(self.param_groups)}"
         own = {"seed": self.defaults["seed"], "backend": self._backend}
         check_optimizers_own(param_group, own, where)
@@ -182,13 +183,14 @@ class FusedChildAdamW(Optimizer):
 
     def _plan_anew(self) -> None:
         """Groups or state have been replaced."""
-        self._planner.forget()
+        self._planner.forget(self.param_groups)
         if self._gradient_release is not None:
             self._gradient_release.renew()
 
     def _check_exchange(self, what: str) -> None:
         """Refuse to replace state that somebody goes on using."""
         self._planner.captures.refuse(what)
+        self._planner.follow(self.param_groups, self.state)
         if self._gradient_release is not None:
             self._gradient_release.check_between_iterations(what)
 
@@ -310,6 +312,7 @@ class FusedChildAdamW(Optimizer):
         """The state of the run, the child as mask words (SPEC.md, section 5); tensors are not copied."""
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._planner.follow(self.param_groups, self.state)
         state_dict = state_dicts.packed(self.param_groups, self.state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)
