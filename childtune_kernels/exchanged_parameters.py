@@ -26,9 +26,9 @@ def follow_(
 ) -> None:
     """Give DTensors that have come in the place of whole parameters the state of their parts.
 
-    An engine that shards a model after the optimizer was built (``accelerate`` with FSDP2) writes the DTensors
-    into the groups. An optimizer that has not stepped yet begins with them: with this rank's part of the
-    mask, zero moments, and masters made of the weights as they are.
+    An engine that shards a model after the optimizer was built (``accelerate`` with FSDP2) writes the
+    DTensors into the groups. An optimizer that has not stepped yet begins with them: with this rank's part
+    of the mask, zero moments, and masters made of the weights as they are.
 
     Args:
         groups: labels, and the parameters that are there now.

@@ -119,8 +119,8 @@ def _check_whole(label: str, tensor: Tensor) -> None:
     # torch marks so both the flat parameters and the original ones, which are views of them.
     if getattr(tensor, "_fsdp_flattened", False):
         raise ValueError(
-            f"parameter {label} was flattened by FullyShardedDataParallel, which keeps no indexes of elements; "
-            "use fully_shard (FSDP2)"
+            f"parameter {label} was flattened by FullyShardedDataParallel, which keeps no indexes of "
+            "elements; use fully_shard (FSDP2)"
         )
 
 

@@ -1,4 +1,4 @@
-"""DeepSpeed with FusedChildAdamW as client optimizer, stage by stage; run by hand, since DeepSpeed is no dependency.
+"""DeepSpeed with FusedChildAdamW as client optimizer, stage by stage; by hand: DeepSpeed is no dependency.
 
     pip install deepspeed && python -m tests.engines.deepspeed_zero [--ranks 2]
 
@@ -28,9 +28,15 @@ CASES: dict[str, tuple[dict[str, Any], torch.dtype]] = {
     "ZeRO 0, fp32, clipping": ({"gradient_clipping": 1.0}, torch.float32),
     "ZeRO 0, bf16": ({"bf16": {"enabled": True}}, torch.bfloat16),
     "ZeRO 1, fp32": ({"zero_optimization": {"stage": 1}}, torch.float32),
-    "ZeRO 1, bf16": ({"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}}, torch.bfloat16),
+    "ZeRO 1, bf16": (
+        {"zero_optimization": {"stage": 1}, "bf16": {"enabled": True}},
+        torch.bfloat16,
+    ),
     "ZeRO 2, fp32": ({"zero_optimization": {"stage": 2}}, torch.float32),
-    "ZeRO 2, bf16": ({"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}}, torch.bfloat16),
+    "ZeRO 2, bf16": (
+        {"zero_optimization": {"stage": 2}, "bf16": {"enabled": True}},
+        torch.bfloat16,
+    ),
     "ZeRO 3, fp32": ({"zero_optimization": {"stage": 3}}, torch.float32),
 }
 #: Of these each rank must train as one device does; DeepSpeed's clipping has a formula of its own.
