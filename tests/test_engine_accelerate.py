@@ -158,7 +158,8 @@ def test_an_accelerated_run_is_that_of_one_device(
 
 
 @pytest.mark.parametrize(
-    ("engine", "mixed_precision"), [("ddp", "bf16"), ("ddp", "fp16"), ("fsdp2", "bf16")]
+    ("engine", "mixed_precision"),
+    [("ddp", "bf16"), ("ddp", "fp16"), ("fsdp2", "bf16"), ("fsdp2", "fp16")],
 )
 def test_mixed_precision_comes_close(ranks: Ranks, engine: str, mixed_precision: str) -> None:
     expected = on_one_device(2, child=False)
