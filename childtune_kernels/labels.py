@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -23,6 +24,26 @@ def label_of(name: str) -> str:
     if not label:
         raise ValueError(f"the parameter name {name!r} has no label; give the parameter a name")
     return label
+
+
+class Aliases:
+    """Labels that stand in the place of others: of a weight that two stages of a pipeline hold.
+
+    Attributes:
+        labels: label → the label in its place.
+        met: those of the former that a name has had.
+    """
+
+    def __init__(self, aliases: Mapping[str, str] | None = None) -> None:
+        self.labels = {label_of(name): label_of(other) for name, other in (aliases or {}).items()}
+        self.met: set[str] = set()
+
+    def label_of(self, name: str) -> str:
+        """The label of a parameter's name, as the function has it, or the one in its place."""
+        label = label_of(name)
+        if label in self.labels:
+            self.met.add(label)
+        return self.labels.get(label, label)
 
 
 def philox_key(seed: int, label: str) -> int:

@@ -2,38 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, overload
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
-from . import (
-    adamw_export,
-    child_exchange,
-    graph_capture,
-    parameters,
-    registry,
-    sharding,
-    state_dicts,
-    state_tensors,
-)
+from . import adamw_export, child_exchange, new_group, registry, state_dicts
 from .child_mask import ChildMask
 from .gradient_release import GradientRelease
-from .group_options import (
-    WROTE_OUTSIDE,
-    check_drop_in,
-    check_optimizers_own,
-    check_shared,
-    check_spelling,
-    group_numbers,
-    shared_options,
-)
+from .group_options import WROTE_OUTSIDE, check_drop_in, group_numbers
+from .labels import Aliases
+from .rank_agreement import RankAgreement
 from .step_factor import SET_BY_SCALER, without_scale_after_error
 from .step_planner import StepPlanner
 from .summary import summary_table
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class FusedChildAdamW(Optimizer):
@@ -46,8 +34,8 @@ class FusedChildAdamW(Optimizer):
     Args:
         params: parameters, ``(name, parameter)`` pairs, or groups (dicts) of either; fp32, fp64, bf16 or
             fp16, dense, any strides. Names make masks independent of the order of parameters and
-            are required with a ``child_mask``. Every option but ``seed`` and ``backend`` may differ by
-            group, the mask too.
+            are required with a ``child_mask``. Options but ``seed``, ``backend``, ``process_group``
+            and ``aliases`` may differ by group, the mask too.
         lr: learning rate, a float or a tensor of one element. CT_F needs a larger one than AdamW: see
             ``lr_for``.
         betas: decay rates of the two moments, each in [0, 1).
@@ -60,8 +48,13 @@ class FusedChildAdamW(Optimizer):
             released code: eps before bias correction, decay last).
         correct_bias: False leaves out the bias correction of the moments.
         maximize: follow the gradient upwards.
-        seed: of the Bernoulli masks; None takes ``torch.initial_seed()``.
+        seed: of the Bernoulli masks; None takes ``torch.initial_seed()``, of many ranks rank 0's.
         backend: ``"triton"``, ``"cpp"`` or ``"reference"``; None takes the best that serves the device.
+        process_group: the ranks that train together; None: all of ``torch.distributed``, where there are
+            any. They take their first step together, and the first one after a change of groups, mask or
+            state: what differs between them is found there, and the seed given out.
+        aliases: name → name; of a weight that two stages of a pipeline hold under different names, the one
+            that both shall train it by.
         child_state: with a ``child_mask``, ``"compact"`` keeps moments (and master weights) of the child's
             elements alone, ``"dense"`` of every weight; results are the same bits. ``"auto"`` is compact,
             but for 16-bit parameters that decay outside the child (``freeze_non_child=False``).
@@ -111,6 +104,8 @@ class FusedChildAdamW(Optimizer):
         maximize: bool = False,
         seed: int | None = None,
         backend: str | None = None,
+        process_group: ProcessGroup | None = None,
+        aliases: Mapping[str, str] | None = None,
         child_state: str = "auto",
         master_weight: str = "auto",
         state_dtype: torch.dtype | None = None,
@@ -123,6 +118,8 @@ class FusedChildAdamW(Optimizer):
         fused: bool | None = None,
         foreach: bool | None = None,
     ) -> None:
+        self._agreement = RankAgreement(process_group, seed_given=seed is not None)
+        self._aliases = Aliases(aliases)
         seed = torch.initial_seed() if seed is None else seed
         registry.check_requested(backend)
         defaults = {
@@ -135,7 +132,7 @@ class FusedChildAdamW(Optimizer):
             "seed": seed,
         }  # fmt: skip
         self._backend = backend
-        self._planner = StepPlanner(backend)
+        self._planner = StepPlanner(backend, self._agreement)
         self._gradient_release: GradientRelease | None = None
         self._default_mask = child_mask
         group_numbers(defaults, child_mask is not None, "the constructor")
@@ -148,37 +145,21 @@ class FusedChildAdamW(Optimizer):
         """Add a group of parameters, with options of its own, to those that are optimized.
 
         Args:
-            param_group: ``"params"`` and any options of the constructor but ``seed`` and ``backend``. A
+            param_group: ``"params"`` and any options of the constructor that may differ by group. A
                 ``child_mask`` is the group's own: one given to the constructor covers only its groups.
 
         Raises:
             ValueError, RuntimeError: as the constructor; the optimizer is left as it was.
         """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"a parameter group must be a dict, not {type(param_group).__name__}")
         self._planner.captures.refuse("add_param_group")
         self._planner.follow(self.param_groups, self.state)
-        where = f"group {len(self.param_groups)}"
-        own = {"seed": self.defaults["seed"], "backend": self._backend}
-        check_optimizers_own(param_group, own, where)
-        group = {**self.defaults, **shared_options(self.param_groups), **param_group}
-        group.pop("backend", None)
-        mask = group.pop("child_mask", self._default_mask)
-        known = [*parameters.by_label(self.param_groups)]
-        labels, tensors = parameters.labelled(group, known, where)
-        check_spelling(group, where)
-        group_numbers(group, mask is not None, where)
-        words = parameters.mask_words(mask, labels, tensors)
-        for device in {tensor.device for tensor in tensors}:
-            graph_capture.check_backend(device, self._backend, bool(group["capturable"]), where)
-        check_shared([*self.param_groups, group])
-        group["params"], group["param_names"] = tensors, labels
-        states = [
-            state_tensors.initial_state(label, part, words.get(label), group)
-            for label, part in zip(labels, map(sharding.local_of, tensors), strict=True)
-        ]
-        super().add_param_group(group)
-        self.state.update(zip(tensors, states, strict=True))
+        added = new_group.checked_group(
+            param_group, self.param_groups, self.defaults, self._backend, self._default_mask,
+            self._aliases,
+        )  # fmt: skip
+        super().add_param_group(added.group)
+        self.state.update(added.states)
+        self._agreement.open(added.mask)
         self._plan_anew()
 
     def _plan_anew(self) -> None:
@@ -222,11 +203,21 @@ class FusedChildAdamW(Optimizer):
     # A compiled training step breaks its graph here: a plan reads addresses, which a trace has not.
     @torch._disable_dynamo
     def _update(self) -> None:
+        self._agree()
         scaling = (getattr(self, name, None) for name in SET_BY_SCALER)
         if self._gradient_release is not None:
             self._gradient_release.step()
         else:
             self._planner.step(self.param_groups, self.state, *scaling)
+
+    def _agree(self) -> None:
+        """Before the first step: ranks that train together do so with one seed, and one child."""
+        seed = self._planner.seed_of_all(self.param_groups, self.state, self._aliases)
+        if seed is None:
+            return
+        for options in (self.defaults, *self.param_groups):
+            options["seed"] = seed
+        self._plan_anew()
 
     @staticmethod
     def profile_hook_step(func: Callable[..., Any]) -> Callable[..., Any]:
@@ -258,6 +249,7 @@ class FusedChildAdamW(Optimizer):
         """
         if self._gradient_release is not None:
             raise RuntimeError("release_gradients() is active already; remove() its handle first")
+        self._agree()
         self._gradient_release = GradientRelease(self, compact_gradients)
         return self._gradient_release
 
@@ -305,6 +297,8 @@ class FusedChildAdamW(Optimizer):
         self.__setstate__({"param_groups": groups, "state": state})
         # What is added later belongs to the same run.
         self.defaults["seed"] = groups[0]["seed"]
+        self._agreement.seed_given = True
+        self._agreement.open()
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
 
@@ -350,6 +344,7 @@ class FusedChildAdamW(Optimizer):
             for group in self.param_groups:
                 group[WROTE_OUTSIDE] = True
         self.state.update(states)
+        self._agreement.open(mask)
         self._plan_anew()
 
     def to_adamw_state_dict(self, groups: adamw_export.Groups | None = None) -> dict[str, Any]:
@@ -387,13 +382,18 @@ class FusedChildAdamW(Optimizer):
         return summary_table(self.param_groups, self.state, backends)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_backend": self._backend}
+        own = ("_backend", "_agreement", "_aliases")
+        return {**super().__getstate__(), **{name: vars(self)[name] for name in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__ = {"_backend": None, "_gradient_release": None, **self.__dict__}
+        self.__dict__ = {
+            "_backend": None, "_gradient_release": None, "_agreement": RankAgreement(None, True),
+            "_aliases": Aliases(), **self.__dict__,
+        }  # fmt: skip
         self._default_mask = None
-        captures = self.__dict__.get("_planner", StepPlanner(None)).captures
-        self._planner = StepPlanner(self._backend)
-        self._planner.captures = captures
+        before = self.__dict__.get("_planner")
+        self._planner = StepPlanner(self._backend, self._agreement)
+        if before is not None:
+            self._planner.captures = before.captures
         self._plan_anew()

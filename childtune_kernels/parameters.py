@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -22,13 +22,17 @@ def by_label(groups: Iterable[Mapping[str, Any]]) -> Iterator[tuple[str, Tensor]
 
 
 def labelled(
-    group: Mapping[str, Any], known: Sequence[tuple[str, Tensor]], where: str
+    group: Mapping[str, Any],
+    known: Sequence[tuple[str, Tensor]],
+    where: str,
+    label_of: Callable[[str], str] = label_of,
 ) -> tuple[list[str], list[Tensor]]:
     """The labels and tensors of what a group gives as ``params``.
 
     A group taken from another optimizer brings its names as ``param_names``.
 
-    ``known``: labels and tensors of the groups before it; ``where``: the group, for messages.
+    ``known``: labels and tensors of the groups before it; ``where``: the group, for messages;
+    ``label_of``: name → label.
 
     Raises:
         TypeError: no tensors, or a set of them.

@@ -85,7 +85,7 @@ def element_map_of(label: str, tensor: Tensor) -> IndexMap:
             shape than its placements say, or a parameter that FullyShardedDataParallel has flattened.
     """
     if not is_sharded(tensor):
-        _check_whole(label, tensor)
+        check_whole(label, tensor)
         return contiguous_map(tensor.numel())
     local = local_of(tensor)
     if local.numel() == 0:
@@ -114,8 +114,12 @@ def element_map_of(label: str, tensor: Tensor) -> IndexMap:
         raise ValueError(f"{_described(label, sharded)}: {error}; shard fewer dimensions") from None
 
 
-def _check_whole(label: str, tensor: Tensor) -> None:
-    """Refuse the pieces of FullyShardedDataParallel, which do not say which elements they hold."""
+def check_whole(label: str, tensor: Tensor) -> None:
+    """Refuse the pieces of FullyShardedDataParallel, which do not say which elements they hold.
+
+    Raises:
+        ValueError: names the parameter.
+    """
     # torch marks so both the flat parameters and the original ones, which are views of them.
     if getattr(tensor, "_fsdp_flattened", False):
         raise ValueError(
@@ -195,6 +199,35 @@ def words_of_part(label: str, words: Tensor, tensor: Tensor) -> Tensor:
     return ops.pack_mask(part.contiguous())
 
 
+def whole_words(words: Tensor, tensor: Tensor) -> Tensor:
+    """The mask words of a whole parameter from those of the parts; a collective of the ranks that hold it."""
+    if not is_sharded(tensor):
+        return words
+    part = ops.unpack_mask(words, local_of(tensor).shape).to(torch.uint8)
+    return ops.pack_mask(whole_of(placed_as(part, tensor)).bool())
+
+
+def whole_of(tensor: Tensor) -> Tensor:
+    """All of a tensor on this rank, row-major; of a DTensor a collective of the ranks that hold it."""
+    if not is_sharded(tensor):
+        return tensor
+    like: Any = tensor
+    # Not every process group moves int16; bits are bits.
+    moved = like.view(torch.bfloat16) if tensor.dtype == torch.int16 else like
+    whole: Tensor = moved.full_tensor().view(tensor.dtype)
+    return whole.contiguous()
+
+
+def on_any_rank(fact: bool, tensor: Tensor) -> bool:
+    """Whether something is so on any of the ranks that hold a DTensor, all of which must ask."""
+    from torch.distributed.tensor import Partial
+
+    like: Any = tensor
+    told = torch.tensor([int(fact)], device=local_of(tensor).device)
+    summed = type(like).from_local(told, like.device_mesh, [Partial()] * like.device_mesh.ndim)
+    return bool(summed.full_tensor() > 0)
+
+
 def part_of(label: str, value: Tensor, tensor: Tensor) -> Tensor:
     """Of a value a weight, of a whole parameter or sharded in any way, what goes with this rank's part."""
     if not is_sharded(tensor):
@@ -230,17 +263,8 @@ def placed_as(part: Tensor, tensor: Tensor) -> Tensor:
     return made
 
 
-def counted(rows: Sequence[Any]) -> list[int]:
-    """Which rows this rank counts where something is summed over ranks: of replicas the first one."""
-    first_rank = torch.distributed.get_rank() == 0
-    return [
-        index
-        for index, row in enumerate(rows)
-        if (first_rank if row.sharded is None else _is_first_replica(row.sharded))
-    ]
-
-
-def _is_first_replica(tensor: Any) -> bool:
+def is_first_replica(tensor: Any) -> bool:
+    """Whether this rank is the one that counts a part where something is summed over ranks."""
     coordinate = tensor.device_mesh.get_coordinate()
     return coordinate is not None and not any(
         index and placement.is_replicate()

@@ -12,7 +12,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import child_layout, ops, parameters, saved_groups, sharding, state_tensors, weight_formats
+from . import (
+    child_layout,
+    ops,
+    parameters,
+    saved_groups,
+    sharded_child,
+    sharding,
+    state_tensors,
+    weight_formats,
+)
 from .group_options import check_spelling, group_numbers
 
 # What an optimizer keeps its state in, and the value that asks for nothing.
@@ -45,10 +54,7 @@ def _saved_state(parameter: Tensor, state: State) -> dict[str, Any]:
     if not sharding.is_sharded(parameter):
         return saved
     if child_layout.has_child(state):
-        raise NotImplementedError(
-            "state_dict() of sharded parameters with a child_mask is not there yet: a part's mask words are "
-            "no part of the whole mask's; save the model, or train without a fixed mask"
-        )
+        return sharded_child.saved_child(parameter, saved)
     return {
         name: sharding.placed_as(value, parameter) if name in state_tensors.ELEMENTWISE else value
         for name, value in saved.items()
@@ -133,11 +139,14 @@ def _restored_state(
 ) -> dict[str, Tensor]:
     # A flat state dict that lacks a key of the live state gives an empty dict for it.
     saved = {name: value for name, value in saved.items() if not _is_empty_dict(value)}
-    saved, parameter = _of_part(label, parameter, saved), sharding.local_of(parameter)
+    part = sharding.local_of(parameter)
+    current_words = child_layout.mask_words(current, part.numel())
+    saved, parameter = _of_part(label, parameter, saved, current_words), part
     if "max_exp_avg_sq" in saved:
         raise ValueError(f"state of {label}: max_exp_avg_sq of amsgrad=True is not supported")
-    current_words = child_layout.mask_words(current, parameter.numel())
-    saved_words = _saved_words(label, parameter, saved)
+    saved_words = saved.get("mask_words")
+    if saved_words is not None:
+        ops.check_words(label, saved_words, parameter.numel())
     words = saved_words if own else current_words
     if words is not None:
         words = words.to(parameter.device, copy=True)
@@ -150,22 +159,26 @@ def _restored_state(
     return restored_state
 
 
-def _of_part(label: str, parameter: Tensor, saved: State) -> State:
+def _of_part(label: str, parameter: Tensor, saved: State, current: Tensor | None) -> State:
     """Of a saved state what goes with this rank's part of the parameter, however the state is sharded."""
     read = dict(saved)
-    for name in state_tensors.ELEMENTWISE:
-        value = saved.get(name)
-        if not isinstance(value, Tensor) or value.shape != parameter.shape:
-            continue
-        if sharding.is_sharded(value) and not sharding.is_sharded(parameter):
+    sharded = sharding.is_sharded(parameter)
+    for name, value in saved.items():
+        if isinstance(value, Tensor) and sharding.is_sharded(value) and not sharded:
             raise ValueError(
                 f"state {name} of {label} is a DTensor in the state dict, and the parameter is not sharded; "
                 "call full_tensor() on it, on all ranks"
             )
-        read[name] = sharding.part_of(label, value, parameter)
-    if sharding.is_sharded(parameter) and saved.get("mask_words") is not None:
-        ops.check_words(label, saved["mask_words"], parameter.numel())
-        read["mask_words"] = sharding.words_of_part(label, saved["mask_words"], parameter)
+    if not sharded:
+        if child_layout.is_compact(saved) and "mask_words" not in saved:
+            read["mask_words"] = sharded_child.own_words(label, current)
+        return read
+    if saved.keys() & {"mask_words", *sharded_child.OF_CHILD}:
+        read = sharded_child.child_of_part(label, parameter, saved, current)
+    for name in state_tensors.ELEMENTWISE:
+        value = saved.get(name)
+        if isinstance(value, Tensor) and value.shape == parameter.shape:
+            read[name] = sharding.part_of(label, value, parameter)
     return read
 
 
@@ -176,11 +189,7 @@ def _read_state(
     compact = child_layout.is_compact(saved)
     shape = parameter.shape
     if compact:
-        if words is None:
-            raise ValueError(
-                f"state of {label} has moments of a child without mask_words; it was altered or cut, or it "
-                "is flat and the optimizer was built with another mask: build it with the run's mask"
-            )
+        assert words is not None
         state_tensors.check_shape(label, parameter, saved)
         shape = torch.Size([ops.count_mask(words)])
     read = {"step": _saved_step(label, parameter, saved)}
@@ -195,19 +204,6 @@ def _read_state(
 
 def _is_empty_dict(value: Any) -> bool:
     return isinstance(value, dict) and not value
-
-
-def _saved_words(label: str, parameter: Tensor, saved: State) -> Tensor | None:
-    """The mask words of a saved state; a flat state dict may have brought the live layout alone."""
-    if saved.get("mask_words") is not None:
-        words: Tensor = saved["mask_words"]
-        ops.check_words(label, words, parameter.numel())
-        return words
-    if not child_layout.is_compact(saved) or not child_layout.has_child(saved):
-        return None
-    device = saved["child_exp_avg"].device
-    child_layout.check_layout(label, saved, device, parameter.numel(), contents=True)
-    return child_layout.mask_words(saved, parameter.numel())
 
 
 def _saved_step(label: str, parameter: Tensor, saved: State) -> Tensor:

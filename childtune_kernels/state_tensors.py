@@ -145,13 +145,12 @@ def _spread_out(parameter: Tensor, name: str, values: Tensor, words: Tensor | No
 
 
 def saved_state(parameter: Tensor, state: State) -> dict[str, Tensor]:
-    """A parameter's state as it stands in state dicts: with mask words, whatever the child's layout.
-
-    The live layout stands beside them, since torch.distributed.checkpoint reads flat state dicts by
-    the keys of the live state.
-    """
+    """A parameter's state as it stands in state dicts: with mask words, whatever the child's layout."""
     words = child_layout.mask_words(state, parameter.numel())
-    return dict(state) if words is None else {**state, "mask_words": words}
+    if words is None:
+        return dict(state)
+    others = {name: state[name] for name in state if name not in child_layout.LAYOUT_KEYS}
+    return {**others, "mask_words": words}
 
 
 def dense_moments(parameter: Tensor, state: State) -> dict[str, Tensor]:

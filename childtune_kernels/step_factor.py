@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops, rank_values, registry, sharding
+from . import ops, rank_values, registry
+from .rank_agreement import RankAgreement
 from .step_plan import StepPlan
 
 #: What ``torch.amp.GradScaler`` sets on an optimizer before its step.
@@ -35,12 +36,14 @@ def step_factors(
     grad_scale: Any,
     found_inf: Any,
     capturing: bool,
+    agreement: RankAgreement,
 ) -> list[StepFactor | None]:
     """For every plan, refreshed for this step, what its step is scaled, clipped and skipped by.
 
     Args:
         group: a parameter group: ``max_grad_norm``, ``clip`` and ``skip_nonfinite`` are those of all.
         grad_scale, found_inf: what ``torch.amp.GradScaler`` has set, or None.
+        agreement: of the ranks that hold other parameters, or parts, of the same norm.
 
     Nothing waits for a device. Raises: RuntimeError, see ``ops.gradient_norm``.
     """
@@ -49,7 +52,7 @@ def step_factors(
         return [None] * len(plans)
     sums: list[Tensor | None] = [None] * len(plans)
     if takes_norm:
-        sums = [*_sums(plans, group["clip"] == "after_mask", capturing)]
+        sums = _sums(plans, group["clip"] == "after_mask", capturing, agreement)
     return [
         StepFactor(
             sums=of_plan,
@@ -61,24 +64,33 @@ def step_factors(
     ]
 
 
-def _sums(plans: Sequence[StepPlan], after_mask: bool, capturing: bool) -> list[Tensor]:
-    """Σ and Σ' over all plans, and where parameters are sharded all ranks, on the device of each."""
-    sharded = any(plan.sharded_rows for plan in plans)
-    total, *others = (_sums_of_plan(plan, sharded, after_mask, capturing) for plan in plans)
+def _sums(
+    plans: Sequence[StepPlan], after_mask: bool, capturing: bool, agreement: RankAgreement
+) -> list[Tensor | None]:
+    """Σ and Σ' over all plans, and over ranks where these hold parts of the whole, on the device of each."""
+    spread = agreement if is_spread(plans, agreement) else None
+    total, *others = (_sums_of_plan(plan, spread, after_mask, capturing) for plan in plans)
     for other in others:
         total = total + _sent(other, total.device)
-    if sharded:
-        total = rank_values.sum_over_ranks(total)
+    if spread is not None:
+        total = rank_values.sum_over_ranks(total, spread.group)
     return [_sent(total, plan.device) for plan in plans]
 
 
-def _sums_of_plan(plan: StepPlan, sharded: bool, after_mask: bool, capturing: bool) -> Tensor:
-    """Σ and Σ' of a plan's rows; with ``sharded`` of those that this rank counts."""
+def is_spread(plans: Sequence[StepPlan], agreement: RankAgreement) -> bool:
+    """Whether other ranks hold parts of parameters, or other parameters."""
+    return bool(agreement.first_holders) or any(plan.sharded_rows for plan in plans)
+
+
+def _sums_of_plan(
+    plan: StepPlan, spread: RankAgreement | None, after_mask: bool, capturing: bool
+) -> Tensor:
+    """Σ and Σ' of a plan's rows; where they are ``spread`` over ranks, of those that this one counts."""
     choice = registry.choose("gradient_norm", plan.device, plan.choice.backend)
     rows, row_table, kept = plan.rows, plan.row_table, plan.kept
-    if sharded:
+    if spread is not None:
         if "counted" not in kept:
-            kept["counted"] = sharding.counted(rows), {}
+            kept["counted"] = spread.counted(rows), {}
         counted, of_counted = kept["counted"]
         if not counted:
             return torch.zeros(2, dtype=torch.float64, device=plan.device)

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from . import exchanged_parameters, graph_capture, ops, registry, sharding, state_tensors
 from .group_options import check_seed, check_shared
-from .labels import philox_key
+from .labels import Aliases, philox_key
+from .rank_agreement import RankAgreement
 from .step_factor import StepFactor, step_factors
 from .step_plan import Row, StepPlan, check_row
 
@@ -24,10 +25,12 @@ class StepPlanner:
 
     Args:
         backend: the requested backend of op child_adamw, or None.
+        agreement: of the ranks over which norms are taken.
     """
 
-    def __init__(self, backend: str | None) -> None:
+    def __init__(self, backend: str | None, agreement: RankAgreement) -> None:
         self.backend = backend
+        self.agreement = agreement
         self.captures = graph_capture.Captures()
         self.plans: list[StepPlan] | None = None
         self._given: dict[str, Tensor] = {}  # the parameters that there is state for, by label
@@ -46,6 +49,18 @@ class StepPlanner:
         """Take over DTensors that an engine has put in the place of parameters (exchanged_parameters)."""
         with torch.inference_mode(False), torch.no_grad():
             exchanged_parameters.follow_(groups, states, self._given)
+
+    def seed_of_all(
+        self, groups: Groups, states: dict[Tensor, Any], aliases: Aliases
+    ) -> int | None:
+        """What RankAgreement.seed_of_all says of the parameters as they are now."""
+        if not self.agreement.settled:
+            for number, group in enumerate(groups):
+                check_group(group, f"group {number}")
+                for label, parameter in zip(group["param_names"], group["params"], strict=True):
+                    sharding.check_whole(label, parameter)
+            self.follow(groups, states)
+        return self.agreement.seed_of_all(groups, states, aliases)
 
     def step(
         self,
@@ -75,7 +90,9 @@ class StepPlanner:
                 if self._seen[1] != self._shared:
                     check_shared(groups)
                     self._shared = self._seen[1]
-                factors = step_factors(plans, groups[0], grad_scale, found_inf, capturing)
+                factors = step_factors(
+                    plans, groups[0], grad_scale, found_inf, capturing, self.agreement
+                )
                 for plan, factor in zip(plans, factors, strict=True):
                     plan.run(factor, capturing)
                 self._factor = factors[0] if factors else None

@@ -148,10 +148,8 @@ def on_one_device(world: int, child: bool) -> dict[str, Tensor]:
 def test_an_accelerated_run_is_that_of_one_device(
     ranks: Ranks, engine: str, child: bool, tmp_path: Path
 ) -> None:
-    # State dicts of sharded parameters with a fixed mask are refused so far.
-    folder = None if engine == "fsdp2" and child else str(tmp_path / "run")
     expected = on_one_device(2, child)
-    for weights, again in ranks.run(2, accelerated, engine, child, "no", folder):
+    for weights, again in ranks.run(2, accelerated, engine, child, "no", str(tmp_path / "run")):
         for name, value in expected.items():
             torch.testing.assert_close(weights[name], value, rtol=1e-5, atol=1e-6)
         assert_same_bits(again, weights)

@@ -118,6 +118,27 @@ def test_flat_copies_in_the_place_of_parameters_are_refused(single: bool) -> Non
     assert torch.equal(flat, before)
 
 
+def flattened_on_ranks() -> list[str]:
+    """As ZeRO 1: every rank has its slice of the flat copy."""
+    refusals = []
+    for model in (nn.Linear(10, 4, bias=False), Model()):
+        optimizer = FusedChildAdamW(model.named_parameters(), **options_of("CT_D", model))
+        group = optimizer.param_groups[0]
+        flat = torch.cat([weight.detach().flatten() for weight in group["params"]])
+        slices = flat.tensor_split(torch.distributed.get_world_size())
+        group["params"] = [nn.Parameter(slices[torch.distributed.get_rank()].clone())]
+        group["params"][0].grad = torch.ones_like(group["params"][0])
+        refusals.append(refusal_of(optimizer.step))
+    return refusals
+
+
+def test_slices_of_flat_copies_are_refused_on_every_rank(ranks: Ranks) -> None:
+    for single, several in ranks.run(2, flattened_on_ranks):
+        assert "state of weight is missing" in single
+        assert "1 parameters and 4 param_names" in several
+        assert all("fully_shard" in refusal for refusal in (single, several))
+
+
 def test_a_flat_copy_of_one_vector_is_refused() -> None:
     weight = nn.Parameter(torch.ones(12))
     optimizer = FusedChildAdamW([("weight", weight)], **OPTIONS)

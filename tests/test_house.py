@@ -48,6 +48,7 @@ FLOORS: list[set[str]] = [
         "selection",
         "weight_files",
     },
+    {"sharded_child"},  # compact state of parts, as state dicts have it
     {
         "adamw_export",
         "child_exchange",
@@ -56,7 +57,9 @@ FLOORS: list[set[str]] = [
         "fisher_sums",
         "state_dicts",
     },  # loaded and saved
-    {"graph_capture", "step_factor"},  # what stands when a step goes into a CUDA graph
+    # what stands when a step goes into a CUDA graph; what ranks must agree on
+    {"graph_capture", "rank_agreement"},
+    {"new_group", "step_factor"},
     {"step_planner"},  # which plans a step takes
     {"gradient_release"},  # steps of single parameters, from within backward
     {"child_checkpoint", "fisher", "optimizer"},
