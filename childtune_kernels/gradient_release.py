@@ -59,6 +59,7 @@ class GradientRelease:
 
     def __init__(self, optimizer: _Owner, compact_gradients: bool) -> None:
         optimizer._planner.captures.refuse("release_gradients()", "replays know nothing of it")
+        optimizer._planner.follow(optimizer.param_groups, optimizer.state)
         _check_groups(optimizer.param_groups)
         if compact_gradients and not any(map(child_layout.has_child, optimizer.state.values())):
             raise ValueError(

@@ -152,6 +152,7 @@ class FusedChildAdamW(Optimizer):
             ValueError, RuntimeError: as the constructor; the optimizer is left as it was.
         """
         self._planner.captures.refuse("add_param_group")
+        self._planner.follow(self.param_groups, self.state)
         added = new_group.checked_group(
             param_group, self.param_groups, self.defaults, self._backend, self._default_mask,
             self._aliases,
@@ -163,13 +164,14 @@ class FusedChildAdamW(Optimizer):
 
     def _plan_anew(self) -> None:
         """Groups or state have been replaced."""
-        self._planner.forget()
+        self._planner.forget(self.param_groups)
         if self._gradient_release is not None:
             self._gradient_release.renew()
 
     def _check_exchange(self, what: str) -> None:
         """Refuse to replace state that somebody goes on using."""
         self._planner.captures.refuse(what)
+        self._planner.follow(self.param_groups, self.state)
         if self._gradient_release is not None:
             self._gradient_release.check_between_iterations(what)
 
@@ -210,7 +212,7 @@ class FusedChildAdamW(Optimizer):
 
     def _agree(self) -> None:
         """Before the first step: ranks that train together do so with one seed, and one child."""
-        seed = self._agreement.seed_of_all(self.param_groups, self.state, self._aliases)
+        seed = self._planner.seed_of_all(self.param_groups, self.state, self._aliases)
         if seed is None:
             return
         for options in (self.defaults, *self.param_groups):
@@ -307,6 +309,7 @@ class FusedChildAdamW(Optimizer):
         """
         for pre_hook in self._optimizer_state_dict_pre_hooks.values():
             pre_hook(self)
+        self._planner.follow(self.param_groups, self.state)
         state_dict = state_dicts.packed(self.param_groups, self.state)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             result = post_hook(self, state_dict)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -36,8 +37,9 @@ def labelled(
     Raises:
         TypeError: no tensors, or a set of them.
         ValueError: some with names and some without, a label or tensor twice, a tensor that no kernel
-            can update.
+            can update, parameters of which a ZeroRedundancyOptimizer has given this rank its share.
     """
+    _check_all_are_there(where)
     names, tensors = _split_names(group["params"], where)
     if names is None and not any(map(is_positional, group.get("param_names", ["#"]))):
         names = list(group["param_names"])
@@ -65,6 +67,28 @@ def labelled(
         _check_tensor(label, tensor)
     _check_memory([*known, *zip(labels, tensors, strict=True)], where)
     return labels, tensors
+
+
+def _check_all_are_there(where: str) -> None:
+    """Refuse to be built inside ZeroRedundancyOptimizer.
+
+    It sorts parameters, deals them out to the ranks and leaves their names behind: positions, and with them
+    masks, would depend on the number of ranks, and two parameters on two ranks would draw the same mask.
+    """
+    module = sys.modules.get("torch.distributed.optim.zero_redundancy_optimizer")
+    if module is None:
+        return
+    # What it hands over does not show where it comes from; only the caller does.
+    builder = module.ZeroRedundancyOptimizer._init_local_optimizer.__code__
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code is builder:
+            raise ValueError(
+                f"params ({where}): ZeroRedundancyOptimizer gives each rank some parameters, without their "
+                "names, so that masks would depend on the number of ranks; shard optimizer state with "
+                "fully_shard(model, reshard_after_forward=False) (FSDP2) instead"
+            )
 
 
 def _check_memory(members: Sequence[tuple[str, Tensor]], where: str) -> None:

@@ -45,7 +45,7 @@ class RankAgreement:
         self.seed_given = seed_given
         self.first_holders: dict[str, int] = {}
         self._masks: list[ChildMask] = []
-        self._settled = False
+        self.settled = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankAgreement:
         return RankAgreement(self.group, self.seed_given)
@@ -60,7 +60,7 @@ class RankAgreement:
         Args:
             masks: that parameters have been given whole, where a rank's state may have a part alone.
         """
-        self._settled = False
+        self.settled = False
         self._masks += [mask for mask in masks if mask is not None]
 
     def seed_of_all(
@@ -73,7 +73,7 @@ class RankAgreement:
         Raises:
             ValueError: ranks differ, and in what; on all of them.
         """
-        if self._settled:
+        if self.settled:
             return None
         seed = None
         if rank_values.is_distributed(self.group):
@@ -83,7 +83,7 @@ class RankAgreement:
             # Tied weights of one process have one name: the other one is never met.
             labels = {label for label, _ in parameters.by_label(groups)}
             _check_aliases([(labels, aliases.labels, aliases.met)], alone=True)
-        self._settled = True
+        self.settled = True
         self._masks.clear()
         return seed
 

@@ -82,10 +82,11 @@ def element_map_of(label: str, tensor: Tensor) -> IndexMap:
     """Which elements of the whole parameter this rank's part has (SPEC.md, eq. 5).
 
     Raises:
-        ValueError: placements that four levels cannot express, unsummed values, or a part of another
-            shape than its placements say.
+        ValueError: placements that four levels cannot express, unsummed values, a part of another
+            shape than its placements say, or a parameter that FullyShardedDataParallel has flattened.
     """
     if not is_sharded(tensor):
+        check_whole(label, tensor)
         return contiguous_map(tensor.numel())
     local = local_of(tensor)
     if local.numel() == 0:
@@ -112,6 +113,20 @@ def element_map_of(label: str, tensor: Tensor) -> IndexMap:
         return strided_map(sizes, strides, base)
     except ValueError as error:
         raise ValueError(f"{_described(label, sharded)}: {error}; shard fewer dimensions") from None
+
+
+def check_whole(label: str, tensor: Tensor) -> None:
+    """Refuse the pieces of FullyShardedDataParallel, which do not say which elements they hold.
+
+    Raises:
+        ValueError: names the parameter.
+    """
+    # torch marks so both the flat parameters and the original ones, which are views of them.
+    if getattr(tensor, "_fsdp_flattened", False):
+        raise ValueError(
+            f"parameter {label} was flattened by FullyShardedDataParallel, which keeps no indexes of "
+            "elements; use fully_shard (FSDP2)"
+        )
 
 
 def _positions(

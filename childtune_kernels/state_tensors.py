@@ -293,6 +293,8 @@ def state_of(label: str, parameter: Tensor, states: Mapping[Tensor, Any]) -> dic
     if not state:
         raise ValueError(
             f"state of {label} is missing, and with it the mask, if it had one; load a state dict, "
-            "build the optimizer anew, or add new parameters with add_param_group"
+            "build the optimizer anew, or add new parameters with add_param_group. An engine that puts flat "
+            "copies in their place (DeepSpeed, other than ZeRO 0 with fp32 weights) keeps no indexes of "
+            "elements; use fully_shard (FSDP2) instead"
         )
     return state

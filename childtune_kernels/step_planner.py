@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import graph_capture, ops, registry, sharding, state_tensors
+from . import exchanged_parameters, graph_capture, ops, registry, sharding, state_tensors
 from .group_options import check_seed, check_shared
-from .labels import philox_key
+from .labels import Aliases, philox_key
 from .rank_agreement import RankAgreement
 from .step_factor import StepFactor, step_factors
 from .step_plan import Row, StepPlan, check_row
@@ -33,15 +33,34 @@ class StepPlanner:
         self.agreement = agreement
         self.captures = graph_capture.Captures()
         self.plans: list[StepPlan] | None = None
+        self._given: dict[str, Tensor] = {}  # the parameters that there is state for, by label
         self._sharded: list[Row] = []
         self._planned: list[Any] = []
         self._seen: tuple[Any, Any] = _NOTHING_SEEN
         self._shared: Any = None  # what was seen of options when groups were last found to agree
         self._factor: StepFactor | None = None  # of the last step
 
-    def forget(self) -> None:
-        """Plan anew at the next step: groups or state have been replaced."""
+    def forget(self, groups: Groups) -> None:
+        """Plan anew at the next step: groups or state have been replaced, and go together now."""
         self.plans = None
+        self._given = exchanged_parameters.given_by(groups)
+
+    def follow(self, groups: Groups, states: dict[Tensor, Any]) -> None:
+        """Take over DTensors that an engine has put in the place of parameters (exchanged_parameters)."""
+        with torch.inference_mode(False), torch.no_grad():
+            exchanged_parameters.follow_(groups, states, self._given)
+
+    def seed_of_all(
+        self, groups: Groups, states: dict[Tensor, Any], aliases: Aliases
+    ) -> int | None:
+        """What RankAgreement.seed_of_all says of the parameters as they are now."""
+        if not self.agreement.settled:
+            for number, group in enumerate(groups):
+                check_group(group, f"group {number}")
+                for label, parameter in zip(group["param_names"], group["params"], strict=True):
+                    sharding.check_whole(label, parameter)
+            self.follow(groups, states)
+        return self.agreement.seed_of_all(groups, states, aliases)
 
     def step(
         self,
@@ -130,6 +149,7 @@ class StepPlanner:
         return None
 
     def _new_plans(self, groups: Groups, states: dict[Tensor, Any]) -> list[StepPlan]:
+        self.follow(groups, states)
         plans = self._make_plans(groups, states)
         if plans:
             self._seen = ops.observe_groups(groups, states, _NOTHING_SEEN, plans[0].observer)
@@ -173,7 +193,8 @@ def check_group(group: Mapping[str, Any], where: str) -> None:
     if len(group["param_names"]) != len(group["params"]):
         raise ValueError(
             f"{where} has {len(group['params'])} parameters and {len(group['param_names'])} param_names; "
-            "change both, or use add_param_group"
+            "change both, or use add_param_group. An engine that flattens parameters (DeepSpeed, other "
+            "than ZeRO 0 with fp32 weights) keeps no indexes of elements; use fully_shard (FSDP2) instead"
         )
 
 

@@ -53,6 +53,7 @@ FLOORS: list[set[str]] = [
     {
         "adamw_export",
         "child_exchange",
+        "exchanged_parameters",
         "child_file",
         "fisher_sums",
         "state_dicts",
