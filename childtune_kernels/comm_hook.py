@@ -86,6 +86,9 @@ class ChildCommHook:
         self._masks = BucketMasks(optimizer, trained)
         # Of the reductions since the last step: more than one where masks changed in between.
         self._sent: list[dict[Tensor, MaskSource]] = []
+        # The first masks are drawn before the first step: the seed must be known by then.
+        if isinstance(optimizer, FusedChildAdamW):
+            optimizer._agree()
         self._agree(registering=True)
         if not self._masks.has_masks():
             warnings.warn(

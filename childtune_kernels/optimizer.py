@@ -118,8 +118,7 @@ class FusedChildAdamW(Optimizer):
         fused: bool | None = None,
         foreach: bool | None = None,
     ) -> None:
-        self._agreement = RankAgreement(process_group, seed_given=seed is not None)
-        self._aliases = Aliases(aliases)
+        self._agreement = RankAgreement(process_group, Aliases(aliases), seed is not None)
         seed = torch.initial_seed() if seed is None else seed
         registry.check_requested(backend)
         defaults = {
@@ -155,7 +154,7 @@ class FusedChildAdamW(Optimizer):
         self._planner.follow(self.param_groups, self.state)
         added = new_group.checked_group(
             param_group, self.param_groups, self.defaults, self._backend, self._default_mask,
-            self._aliases,
+            self._agreement.aliases,
         )  # fmt: skip
         super().add_param_group(added.group)
         self.state.update(added.states)
@@ -212,7 +211,7 @@ class FusedChildAdamW(Optimizer):
 
     def _agree(self) -> None:
         """Before the first step: ranks that train together do so with one seed, and one child."""
-        seed = self._planner.seed_of_all(self.param_groups, self.state, self._aliases)
+        seed = self._planner.seed_of_all(self.param_groups, self.state)
         if seed is None:
             return
         for options in (self.defaults, *self.param_groups):
@@ -385,15 +384,14 @@ class FusedChildAdamW(Optimizer):
         return summary_table(self.param_groups, self.state, backends)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend", "_agreement", "_aliases")
-        return {**super().__getstate__(), **{name: vars(self)[name] for name in own}}
+        own = {"_backend": self._backend, "_agreement": self._agreement}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self.__dict__ = {
-            "_backend": None, "_gradient_release": None, "_agreement": RankAgreement(None, True),
-            "_aliases": Aliases(), **self.__dict__,
-        }  # fmt: skip
+        of_none = RankAgreement(None, Aliases(), True)
+        others = {"_backend": None, "_gradient_release": None, "_agreement": of_none}
+        self.__dict__ = {**others, **self.__dict__}
         self._default_mask = None
         before = self.__dict__.get("_planner")
         self._planner = StepPlanner(self._backend, self._agreement)

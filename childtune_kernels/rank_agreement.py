@@ -26,6 +26,8 @@ Statement = dict[str, dict[str, str]]
 
 # These change no bit of a result.
 _OF_NO_CONSEQUENCE = ("fused", "foreach", "capturable", "child_state")
+# Of what ranks say, this may differ: the first rank that holds a sharded parameter, or nothing.
+_HOLDER = "first holder"
 _MOST_NAMED = 8
 _PATIENCE_S = 60.0
 
@@ -35,24 +37,27 @@ class RankAgreement:
 
     Attributes:
         group: the ranks that train together; None: all of ``torch.distributed``.
+        aliases: of weights that two of them hold.
         seed_given: whether somebody chose the seed; else that of the group's rank 0 is taken.
-        first_holders: where ranks hold different parameters, as the stages of a pipeline do: label → the
-            first rank of the group that holds it. Empty where all hold the same.
+        first_holders: where ranks hold different parameters, as the stages of a pipeline do, or parts on
+            different meshes: label → the first rank that holds it, or that is in a mesh which holds its
+            parts. Empty where all are alike.
     """
 
-    def __init__(self, group: ProcessGroup | None, seed_given: bool) -> None:
+    def __init__(self, group: ProcessGroup | None, aliases: Aliases, seed_given: bool) -> None:
         self.group = group
+        self.aliases = aliases
         self.seed_given = seed_given
         self.first_holders: dict[str, int] = {}
         self._masks: list[ChildMask] = []
         self.settled = False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> RankAgreement:
-        return RankAgreement(self.group, self.seed_given)
+        return RankAgreement(self.group, self.aliases, self.seed_given)
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A process group is of this process; who unpickles has all ranks.
-        return RankAgreement, (None, self.seed_given)
+        return RankAgreement, (None, self.aliases, self.seed_given)
 
     def open(self, *masks: ChildMask | None) -> None:
         """Ask again before the next step: groups, masks or state have been replaced.
@@ -63,9 +68,7 @@ class RankAgreement:
         self.settled = False
         self._masks += [mask for mask in masks if mask is not None]
 
-    def seed_of_all(
-        self, groups: Groups, states: Mapping[Tensor, Any], aliases: Aliases
-    ) -> int | None:
+    def seed_of_all(self, groups: Groups, states: Mapping[Tensor, Any]) -> int | None:
         """The seed of all ranks, where this one was given none; None where it keeps its own.
 
         A collective of the group, the first time: every rank must come.
@@ -78,16 +81,17 @@ class RankAgreement:
         seed = None
         if rank_values.is_distributed(self.group):
             with _said_when_late():
-                seed = self._settle(groups, states, aliases)
+                seed = self._settle(groups, states)
         else:
             # Tied weights of one process have one name: the other one is never met.
             labels = {label for label, _ in parameters.by_label(groups)}
-            _check_aliases([(labels, aliases.labels, aliases.met)], alone=True)
+            _check_aliases([(labels, self.aliases.labels, self.aliases.met)], alone=True)
         self.settled = True
         self._masks.clear()
         return seed
 
-    def _settle(self, groups: Groups, states: Mapping[Tensor, Any], aliases: Aliases) -> int | None:
+    def _settle(self, groups: Groups, states: Mapping[Tensor, Any]) -> int | None:
+        aliases = self.aliases
         statement = _statement(groups, states, self._masks)
         own = statement, aliases.labels, aliases.met
         told = statement, sorted(aliases.labels.items()), sorted(aliases.met)
@@ -112,7 +116,9 @@ class RankAgreement:
         _check_aliases([(each.keys(), given, met) for each, given, met in of_all])
         statements = [each for each, _, _ in of_all]
         differing += _differences(statements)
-        self.first_holders = _first_holders(statements)
+        group = torch.distributed.group.WORLD if self.group is None else self.group
+        ranks = torch.distributed.get_process_group_ranks(group)
+        self.first_holders = _first_holders(statements, ranks[: len(statements)])
         if differing:
             more = f"; and {len(differing) - _MOST_NAMED} more" * (len(differing) > _MOST_NAMED)
             raise ValueError(
@@ -123,16 +129,16 @@ class RankAgreement:
 
     def counted(self, rows: Sequence[Any]) -> list[int]:
         """Which of a plan's rows this rank counts where something is summed over ranks: each once in all."""
-        rank = torch.distributed.get_rank(self.group)
-        return [
-            index
-            for index, row in enumerate(rows)
-            if (
-                self.first_holders.get(row.label, 0) == rank
-                if row.sharded is None
-                else sharding.is_first_replica(row.sharded)
-            )
-        ]
+        first = 0 if self.group is None else torch.distributed.get_global_rank(self.group, 0)
+        rank = torch.distributed.get_rank()
+        found = []
+        for index, row in enumerate(rows):
+            holder = rank if row.sharded is None else sharding.first_rank_of(row.sharded)
+            usual = first if row.sharded is None else holder
+            replica = row.sharded is not None and not sharding.is_first_replica(row.sharded)
+            if self.first_holders.get(row.label, usual) == holder and not replica:
+                found.append(index)
+        return found
 
 
 def _statement(
@@ -154,6 +160,7 @@ def _statement(
                 "steps": str(int(state.get("step", 0))),
                 "the child_mask": _mask_of(label, parameter, state, masks),
                 **of_group,
+                _HOLDER: "" if (first := sharding.first_rank_of(parameter)) is None else str(first),
             }
     return statement
 
@@ -186,7 +193,7 @@ def _differences(statements: Sequence[Statement]) -> list[str]:
             found += [
                 f"{what} of {label} is {value} on rank {rank} and {others[what]} on rank {holder}"
                 for what, value in said.items()
-                if value != others[what]
+                if value != others[what] and what != _HOLDER
             ]
     # Stages of a pipeline hold others' parameters; a rank that holds some of another's lacks the rest.
     whole = max(range(len(statements)), key=lambda rank: len(statements[rank]))
@@ -200,13 +207,14 @@ def _differences(statements: Sequence[Statement]) -> list[str]:
     return found
 
 
-def _first_holders(statements: Sequence[Statement]) -> dict[str, int]:
-    if all(statement.keys() == statements[0].keys() for statement in statements):
+def _first_holders(statements: Sequence[Statement], ranks: Sequence[int]) -> dict[str, int]:
+    if all(statement == statements[0] for statement in statements):
         return {}
     holders: dict[str, int] = {}
-    for rank, statement in enumerate(statements):
-        for label in statement:
-            holders.setdefault(label, rank)
+    for rank, statement in zip(ranks, statements, strict=True):
+        for label, said in statement.items():
+            holder = int(said[_HOLDER] or rank)
+            holders[label] = min(holder, holders.get(label, holder))
     return holders
 
 

@@ -317,6 +317,14 @@ def placed_as(part: Tensor, tensor: Tensor) -> Tensor:
     return made
 
 
+def first_rank_of(tensor: Tensor) -> int | None:
+    """The lowest rank of the mesh that holds the parts of a DTensor; of a plain tensor None."""
+    if not is_sharded(tensor):
+        return None
+    like: Any = tensor
+    return int(like.device_mesh.mesh.min())
+
+
 def is_first_replica(tensor: Any) -> bool:
     """Whether this rank is the one that counts a part where something is summed over ranks."""
     coordinate = tensor.device_mesh.get_coordinate()

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from . import exchanged_parameters, graph_capture, ops, registry, sharding, state_tensors
 from .group_options import check_seed, check_shared
-from .labels import Aliases, philox_key
+from .labels import philox_key
 from .rank_agreement import RankAgreement
 from .step_factor import StepFactor, step_factors
 from .step_plan import Row, StepPlan, check_row
@@ -50,9 +50,7 @@ class StepPlanner:
         with torch.inference_mode(False), torch.no_grad():
             exchanged_parameters.follow_(groups, states, self._given)
 
-    def seed_of_all(
-        self, groups: Groups, states: dict[Tensor, Any], aliases: Aliases
-    ) -> int | None:
+    def seed_of_all(self, groups: Groups, states: dict[Tensor, Any]) -> int | None:
         """What RankAgreement.seed_of_all says of the parameters as they are now."""
         if not self.agreement.settled:
             for number, group in enumerate(groups):
@@ -60,7 +58,7 @@ class StepPlanner:
                 for label, parameter in zip(group["param_names"], group["params"], strict=True):
                     sharding.check_whole(label, parameter)
             self.follow(groups, states)
-        return self.agreement.seed_of_all(groups, states, aliases)
+        return self.agreement.seed_of_all(groups, states)
 
     def step(
         self,

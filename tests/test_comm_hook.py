@@ -286,6 +286,26 @@ def test_a_nan_outside_the_child_does_not_travel(ranks: Ranks) -> None:
     assert ranks.run(2, poisoned) == [(False, True)] * 2
 
 
+def without_a_seed() -> tuple[int, dict[str, Tensor]]:
+    """Ranks draw seeds of their own; the hook needs one before the first step."""
+    model = DistributedDataParallel(Model())
+    torch.manual_seed(40 + torch.distributed.get_rank())
+    optimizer = FusedChildAdamW(model.named_parameters(), lr=1e-2, reserve_p=0.3)
+    register_child_comm_hook(model, optimizer)
+    for step in range(2):
+        model(batch(step)).square().sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    weights = {name: value.detach().clone() for name, value in model.named_parameters()}
+    return optimizer.param_groups[0]["seed"], weights
+
+
+def test_without_a_seed_the_first_ranks_is_known_before_the_first_step(ranks: Ranks) -> None:
+    (seed, weights), (same_seed, same_weights) = ranks.run(2, without_a_seed)
+    assert seed == same_seed == 40
+    assert_same_bits(weights, same_weights)
+
+
 def held_in_part() -> tuple[bool, bool, int]:
     """The optimizer holds the weight alone: whether its gradient is masked and the bias's whole."""
     model = DistributedDataParallel(Values())

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 
 from childtune_kernels import ChildMask, FusedChildAdamW, sharding
@@ -133,6 +133,52 @@ def test_any_layout_gives_the_same_bits(ranks: Ranks, mask: str, kind: str) -> N
                 assert_same_bits(found, expected)
             except AssertionError as error:
                 raise AssertionError(f"{name}: {error}") from error
+
+
+def stepped_on_many_meshes(options: dict[str, Any]) -> tuple[dict[str, Tensor], float]:
+    """Parameters on meshes of all ranks, of three, of pairs, each pair with all of it, and a whole one."""
+    options = dict(options)
+    dtype = options.pop("dtype", torch.float32)
+    pairs = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    # Names of their own: DTensor keeps meshes that are equal from run to run, with the groups they had then.
+    every = init_device_mesh("cpu", (4,), mesh_dim_names=("every",))
+    three = DeviceMesh("cpu", [0, 1, 2], mesh_dim_names=("three",))
+    places: dict[str, tuple[DeviceMesh, list[Any]]] = {
+        "matrix": (pairs, [Replicate(), Shard(1)]),
+        "square": (three, [Shard(0)]),
+        "short": (every, [Shard(0)]),
+        "cube": (pairs["inner"], [Shard(2)]),
+    }
+
+    def placed(name: str, values: Tensor) -> Tensor:
+        return distribute_tensor(values, *places[name]) if name in places else values
+
+    named = {name: torch.nn.Parameter(placed(name, values_of(name, dtype))) for name in SHAPES}
+    optimizer = FusedChildAdamW(named.items(), **options, max_grad_norm=1e9)
+    for step in range(STEPS):
+        for name, parameter in named.items():
+            missing = name == "square" and step == 1
+            parameter.grad = None if missing else placed(name, values_of(name, dtype, step))
+        optimizer.step()
+    found = {}
+    for name, parameter in named.items():
+        value = parameter.detach()
+        if not isinstance(value, DTensor):
+            found[name] = value
+        elif value.device_mesh.get_coordinate() is not None:
+            found[name] = value.full_tensor()
+    return found, float(optimizer.last_grad_norm)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16"])
+def test_meshes_may_differ_between_parameters(ranks: Ranks, kind: str) -> None:
+    options = options_of("both", kind, "cpp")
+    expected, norm = stepped({**options, "max_grad_norm": 1e9}, None)
+    results = ranks.run(4, stepped_on_many_meshes, options)
+    assert [len(found) for found, _ in results] == [5, 5, 5, 4]
+    for found, same_norm in results:
+        assert_same_bits(found, {name: expected[name] for name in found})
+        assert same_norm == pytest.approx(float(norm), rel=1e-6)
 
 
 @pytest.mark.parametrize("new_state", ["keep", "reset"])
