@@ -140,10 +140,14 @@ def runs_in_parts() -> list[str]:
     messages = []
     placed = {name: distribute_tensor(each, mesh, [Shard(0)]) for name, each in scores.items()}
     placed["bias"] = distribute_tensor(scores["bias"], mesh, [Replicate()])
-    for options in ({"granularity": 32, "reserve_p": 0.4}, {"granularity": 96, "k": 11},
-                    {"granularity": 32, "reserve_p": 0.4, "scope": "tensor"}):  # fmt: skip
-        expected = select_child(scores, **options)  # type: ignore[arg-type]
-        assert select_child(placed, **options) == expected.placed(placed.items())  # type: ignore[arg-type]
+    asked: list[dict[str, Any]] = [
+        {"granularity": 32, "reserve_p": 0.4},
+        {"granularity": 96, "k": 11},
+        {"granularity": 32, "reserve_p": 0.4, "scope": "tensor"},
+    ]
+    for options in asked:
+        expected = select_child(scores, **options)
+        assert select_child(placed, **options) == expected.placed(placed.items())
     for placement, granularity in ((Shard(1), 32), (Shard(0), 64)):
         placed["matrix"] = distribute_tensor(scores["matrix"], mesh, [placement])
         messages.append(message_of(placed, reserve_p=0.3, granularity=granularity))
@@ -161,9 +165,9 @@ def message_of(scores: dict[str, Tensor], **options: Any) -> str:
 def test_runs_lie_within_parts_or_are_refused(ranks: Ranks) -> None:
     for columns, rows in ranks.run(2, runs_in_parts):
         assert "granularity=32: parameter matrix" in columns
-        assert "Shard(dim=1)" in columns
+        assert "placements (S(1))" in columns
         assert "granularity=64: parameter matrix" in rows
-        assert "Shard(dim=0)" in rows
+        assert "placements (S(0))" in rows
 
 
 def errors_of_one_rank() -> dict[str, str]:
@@ -340,9 +344,15 @@ def test_an_optimizer_takes_the_parts_that_are_its_own(ranks: Ranks) -> None:
         assert "placements" in message
 
 
+def noted(tensor: Tensor, sent: list[int]) -> Tensor:
+    sent.append(tensor.nbytes)
+    return tensor
+
+
 def bytes_of_a_selection() -> int:
     """The bytes that a rank hands to collectives of tensors in a selection without ties, and with."""
-    mesh, sent = init_device_mesh("cpu", (2,)), []
+    mesh = init_device_mesh("cpu", (2,))
+    sent: list[int] = []
     values = torch.rand(1 << 16, generator=generator_of("wire"))
     values[:30_000] = 0.75
     placed = {"w": distribute_tensor(values.view(256, 256), mesh, [Shard(1)])}
@@ -350,7 +360,7 @@ def bytes_of_a_selection() -> int:
         reduce = torch.distributed.all_reduce
         patch.setattr(
             torch.distributed, "all_reduce",
-            lambda each, **options: (sent.append(each.nbytes), reduce(each, **options)),
+            lambda each, **options: reduce(noted(each, sent), **options),
         )  # fmt: skip
         mask = select_child(placed, k=20_000)
     assert int(counts_over_ranks(torch.tensor([int(mask.dense("w").sum())]))) == 20_000
