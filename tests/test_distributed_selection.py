@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -154,7 +155,7 @@ def runs_in_parts() -> list[str]:
     return messages
 
 
-def message_of(scores: dict[str, Tensor], **options: Any) -> str:
+def message_of(scores: Mapping[str, Tensor], **options: Any) -> str:
     try:
         select_child(scores, **options)
     except ValueError as error:
