@@ -51,6 +51,7 @@ def save_child(
         raise TypeError(f"model is a {type(model).__name__}; save_child needs a model")
     if not isinstance(mask, ChildMask):
         raise TypeError(f"mask is a {type(mask).__name__}; a ChildMask is needed")
+    mask.require_whole("save_child")
     weights = named_weights(model, "model")
     mask = _mask_of(weights, mask)
     if optimizer is not None:

@@ -11,10 +11,11 @@ from typing import TypeVar
 from torch import Tensor
 
 from . import ops
-from .child_mask import ChildMask, by_label
+from .child_mask import ChildMask
 from .fisher_files import StoredFisher, read_fisher, save_fisher
 from .fisher_scope import near_labels, shortened
 from .labels import label_of
+from .mask_scope import by_label
 from .selection import select_child
 
 PER_EXAMPLE, BATCH_MEAN, MIXED = "per example", "batch mean squares", "mixed"

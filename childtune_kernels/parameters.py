@@ -145,7 +145,7 @@ def mask_words(
 
     Raises:
         ValueError: no ChildMask, parameters without names, a parameter that the mask does not know or
-            knows with another shape.
+            knows with another shape, a part that is placed otherwise.
     """
     if mask is None:
         return {}
@@ -181,8 +181,7 @@ def mask_words(
                 f"child_mask: {label} has shape {tuple(mask.shapes[label])} in the mask and "
                 f"{tuple(parameter.shape)} in the optimizer; make the mask from this model"
             )
-        of_part = sharding.words_of_part(label, mask.words[label], parameter)
-        words[label] = of_part.to(parameter.device, copy=True)
+        words[label] = mask.words_for(label, parameter).to(parameter.device, copy=True)
     return words
 
 

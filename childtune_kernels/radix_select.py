@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from . import ops
+from .rank_values import agreed
+from .score_parts import ScoreParts
 
 # A sample of so many keys says between which two the k-th lies, but for one selection in ten
 # thousand (four standard deviations on either side); if not, the passes over digits find it. Two reads of
@@ -33,20 +35,38 @@ _GREATEST_KEY = (1 << 31) - 1
 _DIGITS = ((20, 11), (10, 10), (0, 10))  # (shift, bits) of the key's digits, the highest first
 
 
-def refuse_unordered(scores: Mapping[str, Tensor], refused: Sequence[int]) -> None:
+def refuse_unordered(
+    scores: Mapping[str, Tensor], refused: Sequence[int], over: ScoreParts | None = None
+) -> None:
     """Raise for the first tensor that holds what cannot be ordered; ``refused`` counts by tensor.
+
+    With ``over`` they are counts of all ranks, and the error is raised on all of them.
 
     Raises:
         ValueError: names the parameter, the first such value, and where it is.
     """
+    if over is not None and any(refused):
+        with agreed():
+            _refuse_own(scores, refused, over)
+    else:
+        _refuse_own(scores, refused, over)
+
+
+def _refuse_own(
+    scores: Mapping[str, Tensor], refused: Sequence[int], over: ScoreParts | None
+) -> None:
     for (label, value), count in zip(scores.items(), refused, strict=True):
         if count:
             flat = value.view(-1)
-            at = int((~(flat >= 0) | flat.isinf()).nonzero()[0])
+            found = (~(flat >= 0) | flat.isinf()).nonzero()
+            if over is not None and not len(found):
+                continue  # they are another rank's, which says so
+            at = int(found[0])
+            element = at if over is None else over.element_of(label, at)
             raise ValueError(
-                f"Fisher information of {label}: {float(flat[at])} at element {at} ({count} such values); "
-                "NaN, infinite and negative values have no place in an order: leave out the batch that made "
-                "them"
+                f"Fisher information of {label}: {float(flat[at])} at element {element} ({count} such "
+                "values); NaN, infinite and negative values have no place in an order: leave out the batch "
+                "that made them"
             )
 
 
@@ -71,16 +91,22 @@ class Place(NamedTuple):
         return torch.stack(unread) if unread else torch.tensor(self, device=device)
 
 
-def place_of(scores: Mapping[str, Tensor], k: int, largest: bool, backend: str | None) -> Place:
+def place_of(
+    scores: Mapping[str, Tensor],
+    k: int,
+    largest: bool,
+    backend: str | None,
+    over: ScoreParts | None = None,
+) -> Place:
     """Where the k-th score (k >= 1) lies, for the host to know.
 
     Raises:
         ValueError: a NaN, infinite or negative score.
     """
     values = list(scores.values())
-    place, refused = find_place(values, k, largest, backend)
+    place, refused = find_place(values, k, largest, backend, over=over)
     *counts, key, taken, equal = torch.cat([refused, place.on(values[0].device)]).tolist()
-    refuse_unordered(scores, counts)
+    refuse_unordered(scores, counts, over)
     if taken == NOT_FOUND:
         place, _ = find_place(values, k, largest, backend, by_sample=False)
         key, taken, equal = place.on(values[0].device).tolist()
@@ -88,13 +114,22 @@ def place_of(scores: Mapping[str, Tensor], k: int, largest: bool, backend: str |
 
 
 def find_place(
-    values: list[Tensor], k: int, largest: bool, backend: str | None, *, by_sample: bool = True
+    values: list[Tensor],
+    k: int,
+    largest: bool,
+    backend: str | None,
+    *,
+    by_sample: bool = True,
+    over: ScoreParts | None = None,
 ) -> tuple[Place, Tensor]:
     """Where the k-th score (k >= 1) lies, and how many scores of each tensor cannot be ordered.
 
     The place has a meaning only where all can. On a device the host reads nothing, so that a sample may
-    have misled; ``by_sample=False`` does without.
+    have misled; ``by_sample=False`` does without. With ``over`` it is a collective, and the place that
+    among the scores of all ranks.
     """
+    if over is not None:
+        return _place_by_digits(values, k, largest, backend, over)
     total = sum(value.numel() for value in values)
     if by_sample and total >= _WORTH_A_SAMPLE:
         if not _is_host_memory(values, backend):
@@ -111,7 +146,11 @@ def _is_host_memory(values: list[Tensor], backend: str | None) -> bool:
 
 
 def _place_by_digits(
-    values: list[Tensor], k: int, largest: bool, backend: str | None
+    values: list[Tensor],
+    k: int,
+    largest: bool,
+    backend: str | None,
+    over: ScoreParts | None = None,
 ) -> tuple[Place, Tensor]:
     device = values[0].device
     near = _is_host_memory(values, backend)
@@ -119,10 +158,17 @@ def _place_by_digits(
     taken: Number = k if near else torch.full((), k, dtype=torch.int64, device=device)
     equal = taken
     refused = torch.zeros(len(values), dtype=torch.int64, device=device)
+    counted = values if over is None else over.of_counted(values)
     for shift, bits in _DIGITS:
-        counts, found = ops.digit_histogram(values, shift, bits, key, backend)
+        counts, found = ops.digit_histogram(counted, shift, bits, key, backend)
+        if over is not None:
+            counts = over.summed(counts)
         if shift + bits == 31:
             refused = found
+            if over is not None:
+                replicas = over.of_counted(values, counted=False)
+                found = ops.digit_histogram(replicas, shift, bits, key, backend)[1]
+                refused = over.summed(refused + found)
         at, taken, equal = _bin_of(counts, taken, largest)
         key = (key << bits) + at
     return Place(key, taken, equal), refused
@@ -244,11 +290,18 @@ def _near_bin_of(counts: Tensor, k: int, largest: bool) -> tuple[int, int, int]:
 
 
 def words_up_to(
-    place: Place, values: list[Tensor], largest: bool, backend: str | None
+    place: Place,
+    values: list[Tensor],
+    largest: bool,
+    backend: str | None,
+    over: ScoreParts | None = None,
 ) -> list[Tensor]:
-    """The mask words of the first scores in the order, up to the k-th; of a device the host reads nothing."""
+    """The mask words of the first scores in the order, up to the k-th; of a device the host reads nothing.
+
+    With ``over`` the order is that of all ranks' scores, the host reads, and it is a collective.
+    """
     # Where all of the key are taken it lies beyond a threshold, and no ties are left.
-    key, taken, equal = place
+    key, taken, equal = place if over is None else Place(*map(int, place))
     step = 1 if largest else -1
     threshold: Number
     wanted: Number
@@ -259,10 +312,39 @@ def words_up_to(
         threshold, wanted = (key - step, 0) if taken == equal else (key, taken)
     words, ties = ops.select_words(values, threshold, largest, backend=backend)
     if isinstance(wanted, Tensor) or wanted > 0:
-        before = ties.cumsum(0) - ties
-        quotas = (wanted - before).clamp(min=0).minimum(ties)
+        if over is None:
+            before = ties.cumsum(0) - ties
+            quotas = (wanted - before).clamp(min=0).minimum(ties)
+        else:
+            quotas = _quotas_over_ranks(
+                values, words, ties, int(threshold), int(wanted), step, over
+            )
         ops.take_ties_(values, words, threshold, quotas, backend=backend)
     return words
+
+
+def _quotas_over_ranks(
+    values: list[Tensor],
+    words: list[Tensor],
+    ties: Tensor,
+    threshold: int,
+    wanted: int,
+    step: int,
+    over: ScoreParts,
+) -> Tensor:
+    """How many ties this rank takes in each of its units, of ``wanted`` on all ranks."""
+
+    def equal_words(at: int) -> Tensor:
+        from_threshold, _ = ops.select_words([values[at]], threshold - step, step > 0)
+        return from_threshold[0] ^ words[at]
+
+    by_tensor = ties.split([-(-value.numel() // ops.SCORE_UNIT) for value in values])
+    taken = over.taken([int(units.sum()) for units in by_tensor], equal_words, wanted)
+    quotas = [
+        (own - (units.cumsum(0) - units)).clamp(min=0).minimum(units)
+        for own, units in zip(taken, by_tensor, strict=True)
+    ]
+    return torch.cat(quotas)
 
 
 def value_of(key: int) -> float:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +11,10 @@ from torch import Tensor
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
+
+_PIECE = 1 << 22  # elements
+# Errors that a message alone makes again.
+_PLAIN_ERRORS = {ValueError, TypeError, RuntimeError, KeyError, OSError, FileNotFoundError}
 
 
 def is_distributed(group: ProcessGroup | None = None) -> bool:
@@ -68,6 +74,56 @@ def group_of_hosts(group: ProcessGroup) -> ProcessGroup:
         ranks, backend="gloo", use_local_synchronization=True
     )
     return made
+
+
+def counts_over_ranks(counts: Tensor, group: ProcessGroup | None = None) -> Tensor:
+    """The sum of all ranks' counts: int64 of one shape, which no order of adding can change."""
+    if not is_distributed(group):
+        return counts
+    total = counts.to(_device_of(group, counts.device), copy=True).contiguous()
+    torch.distributed.all_reduce(total, group=group)
+    return total.to(counts.device)
+
+
+def add_over_ranks_(values: Tensor, group: ProcessGroup | None = None) -> None:
+    """Replace contiguous values by the sum over all ranks, in the order of the ranks: the same bits on each.
+
+    Each rank sums a slice and hands it on, so that no rank holds more than two pieces of 2**22 elements.
+    """
+    if not is_distributed(group):
+        return
+    world = torch.distributed.get_world_size(group)
+    for piece in values.view(-1).split(_PIECE):
+        padded = piece.new_zeros(-(-piece.numel() // world) * world)
+        padded[: piece.numel()] = piece
+        sent = padded.to(_device_of(group, values.device))
+        received = torch.empty_like(sent)
+        torch.distributed.all_to_all_single(received, sent, group=group)
+        first, *others = received.view(world, -1)
+        for other in others:
+            first = first + other
+        torch.distributed.all_gather_into_tensor(sent, first.contiguous(), group=group)
+        piece.copy_(sent[: piece.numel()])
+
+
+@contextmanager
+def agreed(group: ProcessGroup | None = None) -> Iterator[None]:
+    """An error inside the block, on whichever rank, is raised on every rank of the group.
+
+    All ranks enter it, and wait at its end for each other; inside it nobody may wait. Where several ranks
+    have an error, each raises its own.
+    """
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as raised:
+        error = raised
+    for of_rank in gathered_objects(None if error is None else (type(error), str(error)), group):
+        if error is None and of_rank is not None:
+            kind, message = of_rank
+            error = kind(message) if kind in _PLAIN_ERRORS else RuntimeError(message)
+    if error is not None:
+        raise error
 
 
 def _device_of(group: ProcessGroup | None, device: torch.device) -> torch.device:

@@ -6,24 +6,27 @@ import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from fractions import Fraction
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from . import ops
-from .child_mask import ChildMask, by_label
+from . import ops, part_order, rank_values, sharding
+from .child_mask import ChildMask
 from .labels import philox_key
+from .mask_scope import by_label
+from .percentile_rule import percentile_words
+from .plan_row import contiguous_map
 from .radix_select import (
     NOT_FOUND,
     find_place,
-    first_key_from,
-    place_of,
     refuse_unordered,
-    value_of,
     words_up_to,
 )
+from .score_parts import ScoreParts, parts_of
+from .sharding import Placed
 from .smallest_words import Draw, smallest_words
 
 SCOPES = ("global", "tensor")
@@ -49,7 +52,9 @@ def select_child(
     Args:
         fisher: parameter name → Fisher information in the parameter's shape, fp32, all on one
             device. Wrappers' prefixes are taken off the names. bf16, fp16 and non-contiguous
-            tensors are copied for the call.
+            tensors are copied for the call. With a DTensor among them the child is that of all ranks'
+            parts together, to the bit: a collective of all ranks of the default process group. Plain
+            tensors must then be the same on all of them.
         reserve_p: the share of the elements (with granularity: of the runs) in the child, in (0, 1].
         k: their number instead, over all parameters; not with scope "tensor".
         scope: "global" ranks all elements together, "tensor" each parameter by itself.
@@ -61,31 +66,63 @@ def select_child(
         backend: None, or the backend to use.
 
     Returns:
-        A mask with the words of every parameter of ``fisher``, on its device.
+        A mask with the words of every parameter of ``fisher``, on its device; of DTensors those of
+        this rank's parts (``ChildMask.parts``).
 
     Warns:
         UserWarning: k is larger than the number of non-zero values, so that zeros are in the child.
 
     Raises:
         ValueError: NaN, infinity or a negative value (names the parameter); a run whose sum overflows;
-            options out of range (SPEC.md, "Errors").
+            options out of range (SPEC.md, "Errors"). Where DTensors are among them on all ranks: also other
+            names or options on some rank, and runs that a border between parts cuts.
     """
-    named = by_label(fisher)
-    _check_options(reserve_p, k, scope, granularity, rule, largest)
-    scores = {label: _contiguous_fp32(label, value) for label, value in named.items()}
-    if len({value.device for value in scores.values()}) > 1:
-        where = ", ".join(f"{label} on {value.device}" for label, value in scores.items())
-        raise ValueError(
-            f"the Fisher information lies on several devices; move it to one ({where})"
-        )
+    asked = (reserve_p, k, scope, granularity, rule, largest)
+    scores, shapes, parts = _scores_and_parts(fisher, asked)
     size = _Size(reserve_p, k)
     if rule == "percentile" and reserve_p is not None:
-        words = _percentile_words(scores, reserve_p, backend)
+        words = percentile_words(scores, reserve_p, backend, parts)
     else:
         scopes = [scores] if scope == "global" else [{label: scores[label]} for label in scores]
-        selections = _select_scopes(scopes, size, granularity, largest, backend)
+        selections = _select_scopes(scopes, size, granularity, largest, backend, parts)
         words = {label: each for found in selections for label, each in found.words.items()}
-    return ChildMask(words, {label: value.shape for label, value in named.items()}, dense)
+    return ChildMask(words, shapes, dense, parts=None if parts is None else parts.sharded)
+
+
+def _scores_and_parts(
+    fisher: Mapping[str, Tensor], asked: tuple[Any, ...]
+) -> tuple[dict[str, Tensor], dict[str, torch.Size], ScoreParts | None]:
+    """Checked scores of this rank in the order of record, their whole shapes, and how ranks share them."""
+    sharded = any(
+        isinstance(each, Tensor) and sharding.is_sharded(each) for each in fisher.values()
+    )
+    with rank_values.agreed() if sharded else nullcontext():
+        named = by_label(fisher)
+        _check_options(*asked)
+        placed: dict[str, Placed | None] = {}
+        for label, value in named.items():
+            placed[label] = sharding.placed_of(value) if isinstance(value, Tensor) else None
+            if placed[label] is not None:
+                sharding.check_part(label, value)
+        scores = {label: _contiguous_fp32(label, value) for label, value in named.items()}
+        if len({value.device for value in scores.values()}) > 1:
+            where = ", ".join(f"{label} on {value.device}" for label, value in scores.items())
+            raise ValueError(
+                f"the Fisher information lies on several devices; move it to one ({where})"
+            )
+        if asked[3] > 1:
+            for label, of_label in placed.items():
+                if of_label is not None:
+                    part_order.check_runs(label, of_label, asked[3])
+    shapes = {label: value.shape for label, value in named.items()}
+    if not sharded:
+        return scores, shapes, None
+    parts = parts_of(placed, shapes, asked)
+    return (
+        {label: scores[label] for label in parts.labels},
+        {label: shapes[label] for label in parts.labels},
+        parts,
+    )
 
 
 def random_child(
@@ -100,7 +137,8 @@ def random_child(
     The same seed and names give the same child on every machine; a smaller ``reserve_p`` a subset of it.
 
     Args:
-        shapes: parameter name → its shape, or a tensor of that shape.
+        shapes: parameter name → its shape, or a tensor of that shape. With a DTensor among them it is a
+            collective of all ranks, and the mask one of this rank's parts (``ChildMask.parts``).
         reserve_p: the share of all elements that is in the child, in (0, 1].
         seed: any int.
         dense: names of parameters that train densely.
@@ -112,16 +150,36 @@ def random_child(
     Raises:
         ValueError: ``reserve_p`` out of range, a seed that is no int, or a name twice.
     """
-    _check_share(reserve_p)
-    if isinstance(seed, bool) or not isinstance(seed, int):
-        raise ValueError(f"seed={seed!r} must be an int; the child is a function of it")
-    sizes = {
-        label: torch.Size(shape.shape if isinstance(shape, Tensor) else shape)
-        for label, shape in by_label(shapes).items()
-    }
-    draws = [Draw(philox_key(seed, label), size.numel()) for label, size in sizes.items()]
-    words = smallest_words(draws, child_size(reserve_p, sum(draw.numel for draw in draws)))
-    return ChildMask(dict(zip(sizes, words, strict=True)), sizes, dense)
+    tensors = [each for each in shapes.values() if isinstance(each, Tensor)]
+    sharded = any(map(sharding.is_sharded, tensors))
+    with rank_values.agreed() if sharded else nullcontext():
+        _check_share(reserve_p)
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise ValueError(f"seed={seed!r} must be an int; the child is a function of it")
+        sizes, placed = {}, {}
+        for label, shape in by_label(shapes).items():
+            sizes[label] = torch.Size(shape.shape if isinstance(shape, Tensor) else shape)
+            placed[label] = sharding.placed_of(shape) if isinstance(shape, Tensor) else None
+        draws = {label: _draw(seed, label, sizes[label], placed[label]) for label in sizes}
+    parts = parts_of(placed, sizes, (reserve_p, seed)) if sharded else None
+    if parts is not None:
+        draws = {label: draws[label] for label in parts.labels}
+    k = child_size(reserve_p, sum(size.numel() for size in sizes.values()))
+    words = smallest_words(list(draws.values()), k, parts)
+    return ChildMask(
+        dict(zip(draws, words, strict=True)),
+        {label: sizes[label] for label in draws},
+        dense,
+        parts=None if parts is None else parts.sharded,
+    )
+
+
+def _draw(seed: int, label: str, size: torch.Size, placed: Placed | None) -> Draw:
+    key = philox_key(seed, label)
+    if placed is None:
+        return Draw(key, size.numel(), contiguous_map(size.numel()))
+    part = sharding.part_shape(label, placed)
+    return Draw(key, part.numel(), sharding.element_map_of_part(label, placed))
 
 
 def child_size(reserve_p: float, numel: int) -> int:
@@ -181,6 +239,7 @@ def _contiguous_fp32(label: str, value: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.layout != torch.strided:
         kind = value.layout if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"Fisher information of {label}: {kind}; a dense tensor is needed")
+    value = sharding.local_of(value)
     if value.dtype not in (torch.float32, *ops.HALF_TYPES):
         raise ValueError(
             f"Fisher information of {label}: dtype {value.dtype}; use float32 (.float(); values that it "
@@ -206,6 +265,7 @@ class _Selection(NamedTuple):
     k: int
     granularity: int
     report: Tensor
+    over: ScoreParts | None
 
 
 def _selected(
@@ -214,26 +274,32 @@ def _selected(
     granularity: int,
     largest: bool,
     backend: str | None,
+    parts: ScoreParts | None,
     by_sample: bool = True,
 ) -> _Selection:
     """The first scores of one scope in the order of eq. 15, by elements or by runs."""
+    over = None if parts is None else parts.of(scores, granularity)
     candidates = sum(-(-value.numel() // granularity) for value in scores.values())
-    k = size.of(candidates, granularity)
+    k = size.of(candidates if over is None else over.candidates, granularity)
     values = list(scores.values())
     if k == 0:
         none = {label: _no_words(value) for label, value in scores.items()}
-        return _Selection(scores, none, 0, granularity, torch.zeros(0, device="cpu").long())
+        return _Selection(scores, none, 0, granularity, torch.zeros(0, device="cpu").long(), over)
     counts = []
     if granularity > 1:
         values, refused = ops.run_scores(values, granularity, backend)
-        counts.append(refused)
-    place, refused = find_place(values, k, largest, backend, by_sample=by_sample)
-    words = dict(zip(scores, words_up_to(place, values, largest, backend), strict=True))
+        counts.append(refused if over is None else over.summed(refused))
+    place, refused = find_place(values, k, largest, backend, by_sample=by_sample, over=over)
+    if over is not None and any(torch.cat([*counts, refused]).tolist()):
+        # Without an order there is no k-th score; the report says why.
+        report = torch.cat([*counts, refused, place.on(refused.device)[:2]])
+        return _Selection(scores, {}, k, granularity, report, over)
+    words = dict(zip(scores, words_up_to(place, values, largest, backend, over), strict=True))
     if granularity > 1:
         for label, chosen in words.items():
             words[label] = _words_of_runs(chosen, scores[label].numel(), granularity, backend)
     report = torch.cat([*counts, refused, place.on(refused.device)[:2]])
-    return _Selection(scores, words, k, granularity, report)
+    return _Selection(scores, words, k, granularity, report, over)
 
 
 def _select_scopes(
@@ -242,9 +308,10 @@ def _select_scopes(
     granularity: int,
     largest: bool,
     backend: str | None,
+    parts: ScoreParts | None,
 ) -> list[_Selection]:
     """Select in every scope, reading all reports together; warns of zeros."""
-    asked = (size, granularity, largest, backend)
+    asked = (size, granularity, largest, backend, parts)
     selections = [_selected(scores, *asked) for scores in scopes]
     zeros = _settle(selections, largest)
     for at, count in enumerate(zeros):
@@ -272,7 +339,7 @@ def _settle(selections: Sequence[_Selection], largest: bool) -> list[int]:
         if found.k == 0:
             zeros.append(0)
             continue
-        refuse_unordered(found.scores, report[: len(found.scores)])
+        refuse_unordered(found.scores, report[: len(found.scores)], found.over)
         for label, count in zip(found.scores, report[len(found.scores) : -2], strict=False):
             if count:
                 raise ValueError(
@@ -313,27 +380,3 @@ def _words_of_runs(run_words: Tensor, numel: int, granularity: int, backend: str
     if numel % 32:
         words[-1] &= (1 << numel % 32) - 1
     return words
-
-
-def _percentile_words(
-    scores: Mapping[str, Tensor], reserve_p: float, backend: str | None
-) -> dict[str, Tensor]:
-    """Every element at or above the percentile (SPEC.md, "Selection", in double precision throughout).
-
-    The host reads the places between which the percentile lies: a control, not the way of training.
-    """
-    numel = sum(value.numel() for value in scores.values())
-    if numel == 0:
-        return {label: _no_words(value) for label, value in scores.items()}
-    position = (numel - 1) * (100 * (1 - float(reserve_p)) / 100)
-    rank = math.floor(position)
-    place = place_of(scores, rank + 1, False, backend)
-    lower = upper = value_of(int(place.key))
-    if place.taken == place.equal and rank + 1 < numel:
-        upper = value_of(int(place_of(scores, rank + 2, False, backend).key))
-    part, step = position - rank, upper - lower
-    percentile = lower + step * part if part < 0.5 else upper - step * (1 - part)
-    words, _ = ops.select_words(
-        list(scores.values()), first_key_from(percentile) - 1, True, backend=backend
-    )
-    return dict(zip(scores, words, strict=True))

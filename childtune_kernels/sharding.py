@@ -20,6 +20,22 @@ from .plan_row import IndexMap, contiguous_map, strided_map
 _Levels = list[tuple[int, int]]
 
 
+class Placed(NamedTuple):
+    """How a whole parameter is spread over ranks: what a DTensor knows of it besides values."""
+
+    shape: torch.Size
+    device_mesh: Any
+    placements: tuple[Any, ...]
+
+
+def placed_of(tensor: Tensor) -> Placed | None:
+    """How a DTensor is placed; None of a plain tensor."""
+    if not is_sharded(tensor):
+        return None
+    sharded: Any = tensor
+    return Placed(tensor.shape, sharded.device_mesh, tuple(sharded.placements))
+
+
 def is_sharded(tensor: Tensor) -> bool:
     """Whether a tensor is a DTensor, of which this rank holds a part (or a replica)."""
     # Nobody has a DTensor whose module was never imported; importing it takes a second.
@@ -88,23 +104,49 @@ def element_map_of(label: str, tensor: Tensor) -> IndexMap:
     if not is_sharded(tensor):
         check_whole(label, tensor)
         return contiguous_map(tensor.numel())
-    local = local_of(tensor)
-    if local.numel() == 0:
+    if local_of(tensor).numel() == 0:
         return contiguous_map(0)
-    sharded: Any = tensor
-    positions = _positions(label, sharded)
-    if tuple(map(len, positions)) != tuple(local.shape):
+    check_part(label, tensor)
+    return element_map_of_part(label, tensor)
+
+
+def check_part(label: str, tensor: Tensor) -> None:
+    """Refuse a sharded tensor whose part is not what its placements say.
+
+    Raises:
+        ValueError: unsummed values, or a part of another shape.
+    """
+    expected, held = part_shape(label, tensor), local_of(tensor).shape
+    if expected != held and (expected.numel() or held.numel()):
         raise ValueError(
-            f"{_described(label, sharded)} holds {tuple(local.shape)} on this rank, and not "
-            f"{tuple(map(len, positions))}, as its placements say; make it with distribute_tensor"
+            f"{described(label, tensor)} holds {tuple(held)} on this rank, and not "
+            f"{tuple(expected)}, as its placements say; make it with distribute_tensor"
         )
+
+
+def part_shape(label: str, placed: Any) -> torch.Size:
+    """The shape of this rank's part of a DTensor, or of a ``Placed``.
+
+    Raises:
+        ValueError: unsummed values.
+    """
+    if placed.device_mesh.get_coordinate() is None:
+        return torch.Size([0])
+    return torch.Size(map(len, positions_of(label, placed)))
+
+
+def element_map_of_part(label: str, placed: Any) -> IndexMap:
+    """The same of a ``Placed``, or of a DTensor that has been checked."""
+    positions = positions_of(label, placed)
+    if not all(map(len, positions)):
+        return contiguous_map(0)
     sizes, strides, base = [], [], 0
-    for dim, (of_dim, stride) in enumerate(zip(positions, _strides(tensor), strict=True)):
+    for dim, (of_dim, stride) in enumerate(zip(positions, strides_of(placed), strict=True)):
         base += of_dim[0] * stride
         levels = _levels(of_dim)
         if levels is None:
             raise ValueError(
-                f"{_described(label, sharded)}: the positions of this rank's part along dimension {dim} "
+                f"{described(label, placed)}: the positions of this rank's part along dimension {dim} "
                 "follow no regular steps; shard evenly, or along another dimension"
             )
         sizes += [size for size, _ in levels]
@@ -112,7 +154,7 @@ def element_map_of(label: str, tensor: Tensor) -> IndexMap:
     try:
         return strided_map(sizes, strides, base)
     except ValueError as error:
-        raise ValueError(f"{_described(label, sharded)}: {error}; shard fewer dimensions") from None
+        raise ValueError(f"{described(label, placed)}: {error}; shard fewer dimensions") from None
 
 
 def check_whole(label: str, tensor: Tensor) -> None:
@@ -129,10 +171,14 @@ def check_whole(label: str, tensor: Tensor) -> None:
         )
 
 
-def _positions(
+def positions_of(
     label: str, tensor: Any, coordinate: Sequence[int] | None = None
 ) -> list[Sequence[int]]:
-    """For every dimension of the whole tensor, the positions of this rank, or of a coordinate of the mesh."""
+    """For every dimension of the whole, the ascending positions of this rank, or of a coordinate of the mesh.
+
+    Raises:
+        ValueError: unsummed values.
+    """
     found: list[Sequence[int]] = [range(size) for size in tensor.shape]
     coordinate = tensor.device_mesh.get_coordinate() if coordinate is None else coordinate
     if coordinate is None:
@@ -141,7 +187,7 @@ def _positions(
     for placement, count, index in zip(tensor.placements, mesh_shape, coordinate, strict=True):
         if placement.is_partial():
             raise ValueError(
-                f"{_described(label, tensor)} has unsummed values; redistribute it before training"
+                f"{described(label, tensor)} has unsummed values; redistribute it before training"
             )
         if not hasattr(placement, "dim"):
             continue
@@ -180,12 +226,13 @@ def _levels(positions: Sequence[int]) -> _Levels | None:
     return None if outer is None or len(positions) % run else [*outer, (run, step)]
 
 
-def _strides(tensor: Tensor) -> tuple[int, ...]:
+def strides_of(placed: Any) -> tuple[int, ...]:
     """The strides of a whole parameter, row-major."""
-    return tuple(math.prod(tensor.shape[dim + 1 :]) for dim in range(tensor.dim()))
+    return tuple(math.prod(placed.shape[dim + 1 :]) for dim in range(len(placed.shape)))
 
 
-def _described(label: str, tensor: Any) -> str:
+def described(label: str, tensor: Any) -> str:
+    """A DTensor, or a ``Placed``, with its placements, for messages."""
     placements = ", ".join(map(str, tensor.placements))
     mesh = "×".join(map(str, tensor.device_mesh.shape))
     return (
@@ -194,11 +241,11 @@ def _described(label: str, tensor: Any) -> str:
     )
 
 
-def words_of_part(label: str, words: Tensor, tensor: Tensor) -> Tensor:
+def words_of_part(label: str, words: Tensor, tensor: Tensor | Placed) -> Tensor:
     """Of the mask words of a whole parameter those of this rank's part."""
-    if not is_sharded(tensor):
+    if not isinstance(tensor, Placed) and not is_sharded(tensor):
         return words
-    part = _cut(ops.unpack_mask(words, tensor.shape), _positions(label, tensor))
+    part = _cut(ops.unpack_mask(words, tensor.shape), positions_of(label, tensor))
     return ops.pack_mask(part.contiguous())
 
 
@@ -228,7 +275,7 @@ def parts_of(label: str, tensor: Tensor) -> Parts:
             at = [0] * len(shape)
             for cut, index in zip(of_dim, indices, strict=True):
                 at[cut] = index
-            held = _positions(label, like, at)[dim]
+            held = positions_of(label, like, at)[dim]
             number = sum(strides[cut] * index for cut, index in zip(of_dim, indices, strict=True))
             table[list(held)] = number
     return Parts(
@@ -289,7 +336,7 @@ def part_of(label: str, value: Tensor, tensor: Tensor) -> Tensor:
     like: Any = tensor
     if is_sharded(value):
         return local_of(value.redistribute(like.device_mesh, like.placements))  # type: ignore[attr-defined]
-    return _cut(value, _positions(label, tensor))
+    return _cut(value, positions_of(label, tensor))
 
 
 def _cut(whole: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
@@ -297,7 +344,8 @@ def _cut(whole: Tensor, positions: Sequence[Sequence[int]]) -> Tensor:
         if isinstance(of_dim, range):
             whole = whole.narrow(dim, of_dim.start if of_dim else 0, len(of_dim))
         else:
-            whole = whole.index_select(dim, torch.tensor(of_dim, device=whole.device))
+            at = torch.tensor(of_dim, dtype=torch.int64, device=whole.device)
+            whole = whole.index_select(dim, at)
     return whole
 
 
@@ -305,15 +353,20 @@ def placed_as(part: Tensor, tensor: Tensor) -> Tensor:
     """A value a weight of this rank's part as the DTensor that it is a part of; of a plain tensor itself."""
     if not is_sharded(tensor):
         return part
-    like: Any = tensor
-    made: Tensor = type(like.detach()).from_local(
-        part,
-        like.device_mesh,
-        like.placements,
-        run_check=False,
-        shape=like.shape,
-        stride=_strides(like),
-    )
+    return placed_by(part, placed_of(tensor))
+
+
+def placed_by(part: Tensor, placed: Placed | None) -> Tensor:
+    """The same by a ``Placed``; None leaves the part as it is."""
+    if placed is None:
+        return part
+    from torch.distributed.tensor import DTensor
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    meta = TensorMeta(placed.shape, strides_of(placed), part.dtype)
+    spec = DTensorSpec(placed.device_mesh, placed.placements, tensor_meta=meta)
+    # As fully_shard does: DTensor.from_local would move a part that is offloaded to the mesh's device.
+    made: Tensor = DTensor(part, spec, requires_grad=False)
     return made
 
 
@@ -326,7 +379,7 @@ def first_rank_of(tensor: Tensor) -> int | None:
 
 
 def is_first_replica(tensor: Any) -> bool:
-    """Whether this rank is the one that counts a part where something is summed over ranks."""
+    """Whether this rank's part of a DTensor, or of a ``Placed``, is the first of its replicas in the mesh."""
     coordinate = tensor.device_mesh.get_coordinate()
     return coordinate is not None and not any(
         index and placement.is_replicate()

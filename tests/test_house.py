@@ -19,11 +19,15 @@ PACKAGE = ROOT / "childtune_kernels"
 # A new module gets its place here first.
 FLOORS: list[set[str]] = [
     {"_version", "labels", "plan_row"},  # tables and names, no tensors' work
-    # files that appear only when they are whole; progress bars; what ranks tell each other
-    {"whole_file", "progress", "rank_values"},
+    # a mask's names and shapes; files that appear only when they are whole; progress bars; what ranks
+    # tell each other
+    {"mask_scope", "whole_file", "progress", "rank_values"},
     {"backends"},  # the kernels: reference, cpp, ...
     {"registry", "group_options"},  # which kernel serves; what a group may say
     {"ops", "option_scheduler"},  # the contract of every op; options that follow the step
+    {"sharding"},  # what of a sharded parameter lies on this rank
+    {"mask_parts", "part_order"},  # words of parts; the order of their elements
+    {"score_parts"},  # scores of parts
     # masks; how compact state writes a child down; the parts of Fisher information; weights as bits
     {
         "child_layout",
@@ -31,11 +35,11 @@ FLOORS: list[set[str]] = [
         "fisher_files",
         "fisher_scope",
         "radix_select",
-        "sharding",
         "smallest_words",
         "weight_bits",
     },
-    {"weight_formats"},  # masters, remainders, types of moments
+    # masters, remainders, types of moments; the original code's rule
+    {"percentile_rule", "weight_formats"},
     # groups that were saved; a parameter's state; sums of its gradients
     {"child_gradients", "saved_groups", "state_tensors", "summary"},
     # the tables of a step; which elements of gradients are sent for it

@@ -73,6 +73,7 @@ def densities(mask: ChildMask) -> Densities:
     ``encoder.block.*.layer.0.SelfAttention.q.weight``. Where that gives more than 64 kinds (a mixture of
     experts), later numbers become ``*`` too and their counts are added.
     """
+    mask.require_whole("densities")
     places = {label: _split(label) for label in mask.words}
     inside = {label: place for label, place in places.items() if place is not None}
     several_stacks = len({stack for stack, _, _ in inside.values()}) > 1

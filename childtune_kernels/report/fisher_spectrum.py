@@ -138,6 +138,7 @@ def fisher_spectrum(fisher: Mapping[str, Tensor], mask: ChildMask) -> FisherSpec
         ValueError: a parameter of the mask without Fisher; another dtype or shape; negative, infinite or
             NaN values; a mask without elements.
     """
+    mask.require_whole("fisher_spectrum")
     labelled = {label_of(name): tensor for name, tensor in fisher.items()}
     if mask.numel() == 0:
         raise ValueError("the Fisher spectrum of a mask without elements in scope is undefined")
