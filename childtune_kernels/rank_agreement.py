@@ -174,11 +174,12 @@ def _mask_of(
     if not sharding.is_sharded(parameter):
         words = child_layout.mask_words(state, parameter.numel())
     else:
-        # The last mask that was given replaced the others.
-        known = (mask.words[label] for mask in reversed(masks) if label in mask.words)
-        words = next(known, None)
-        if words is None or words.numel() != -(-parameter.numel() // 32):
+        # The last mask that was given replaced the others; one of parts has been agreed on where it was made.
+        known = (mask for mask in reversed(masks) if label in mask.words)
+        mask = next(known, None)
+        if mask is None or label in mask.parts:
             return "a part"
+        words = mask.words[label]
     assert words is not None
     return hashlib.sha256(words.contiguous().cpu().numpy().tobytes()).hexdigest()[:12]
 
