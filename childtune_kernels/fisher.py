@@ -246,7 +246,7 @@ class FisherAccumulator(FisherSums):
             total.zero_()
         self._records.clear()
         self._seen.clear()
-        self._functional = False
+        self._functional = self._reduced = False
 
     def _require_whole(self) -> None:
         if self._recording is not None and self._recording.holds_a_part():

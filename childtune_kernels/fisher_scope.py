@@ -11,7 +11,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, sharding
 from .labels import label_of
 
 _SHOWN = 6
@@ -47,7 +47,7 @@ def scope_of(model: torch.nn.Module, include: Patterns, exclude: Patterns) -> Fi
     Raises:
         TypeError: no module, or patterns that are not text.
         ValueError: a pattern that matches no parameter, nothing left in scope, two parameters of one label,
-            a parameter in scope that has no Fisher information here.
+            a parameter in scope that has no Fisher information here, as a DTensor.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -75,6 +75,11 @@ def scope_of(model: torch.nn.Module, include: Patterns, exclude: Patterns) -> Fi
             f"model has {shortened([member.label for member in dense]) or 'none that trains'}"
         )
     for member in members:
+        if sharding.is_sharded(member.parameter):
+            raise ValueError(
+                f"parameter {member.label} is a DTensor, whose gradients are averages over ranks, and no "
+                "squares of examples; record before the model is sharded, each rank its own, then reduce()"
+            )
         ops.check_parameter(member.label, member.parameter)
     return FisherScope(tuple(members), tuple(dense), included, excluded)
 

@@ -6,17 +6,20 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from . import ops
+from . import ops, rank_values
 from .child_mask import ChildMask
 from .fisher_files import StoredFisher, read_fisher, save_fisher
 from .fisher_scope import near_labels, shortened
 from .labels import label_of
 from .mask_scope import by_label
 from .selection import select_child
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 PER_EXAMPLE, BATCH_MEAN, MIXED = "per example", "batch mean squares", "mixed"
 
@@ -69,6 +72,7 @@ class FisherSums:
         # Whether gradients came from torch.func, which gives zeros where there is none.
         self._functional = False
         self._broken = False
+        self._reduced = False
 
     @property
     def sums(self) -> Mapping[str, Tensor]:
@@ -203,6 +207,53 @@ class FisherSums:
         for size, count in dict(other._records).items():
             self._records[size] = self._records.get(size, 0) + count
         self._seen |= arrived
+
+    def reduce(self, process_group: ProcessGroup | None = None) -> None:
+        """Add up what the ranks of a group have recorded, each of its own examples; a collective of them.
+
+        Sums are added in the order of the ranks, so that all of them hold the same bits, and so do the
+        masks that are made of them. The order of parameters becomes that of the group's first rank.
+
+        Args:
+            process_group: None: all ranks.
+
+        Changes in place: sums, records and ``without_gradient``, on every rank.
+
+        Raises:
+            ValueError: another scope or other shapes on another rank; on all ranks, nothing was added.
+            RuntimeError: a rank holds a part of a record, or reduced before, since the last ``reset()``.
+        """
+        if not rank_values.is_distributed(process_group):
+            return
+        with rank_values.agreed(process_group):
+            self._require_whole()
+            if self._reduced:
+                raise RuntimeError(
+                    "reduce() twice would count examples twice; call reset() between"
+                )
+        shapes = {label: tuple(total.shape) for label, total in self._sums.items()}
+        own = shapes, sorted(self._dense), dict(self._records), self._seen, self._functional
+        of_ranks = rank_values.gathered_objects(own, process_group)
+        first_shapes, first_dense = of_ranks[0][:2]
+        for rank, (others, dense, _, _, _) in enumerate(of_ranks):
+            odd = sorted(label for label, _ in others.items() ^ first_shapes.items())
+            odd += sorted({*dense} ^ {*first_dense})
+            if odd:
+                named = shortened([*dict.fromkeys(odd)])
+                raise ValueError(
+                    f"the scopes of rank {rank} and rank 0 differ: {named}; use the same model and patterns on "
+                    "all ranks"
+                )
+        self._sums = {label: self._sums[label] for label in first_shapes}
+        for total in self._sums.values():
+            rank_values.add_over_ranks_(total, process_group)
+        self._records = {}
+        for _, _, records, _, _ in of_ranks:
+            for size, count in records.items():
+                self._records[size] = self._records.get(size, 0) + count
+        self._seen = {label for each in of_ranks for label in each[3]}
+        self._functional = any(each[4] for each in of_ranks)
+        self._reduced = True
 
     def __iadd__(self: _Sums, other: FisherSums) -> _Sums:
         self.merge(other)

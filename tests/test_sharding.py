@@ -120,8 +120,21 @@ def stepped(options: dict[str, Any], layout: Layout | None) -> tuple[dict[str, T
     return whole, optimizer.last_grad_norm
 
 
-@pytest.mark.parametrize("kind", TYPES)
-@pytest.mark.parametrize("mask", MASKS)
+# Each mask and each type, and the pairs that share least; the others with the slow tests.
+USUAL = (
+    ("plain", "fp32"), ("CT_F", "fp32"), ("CT_F", "stochastic"), ("CT_D", "bf16"),
+    ("CT_D dense", "stochastic"), ("both", "fp32"), ("both", "bf16"),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("mask", "kind"),
+    [
+        pytest.param(mask, kind, marks=[] if (mask, kind) in USUAL else [pytest.mark.slow])
+        for mask in MASKS
+        for kind in TYPES
+    ],
+)
 def test_any_layout_gives_the_same_bits(ranks: Ranks, mask: str, kind: str) -> None:
     options = options_of(mask, kind, "cpp")
     expected, _ = stepped({**options, "backend": "reference"}, None)
@@ -190,8 +203,15 @@ def test_a_child_is_exchanged_in_its_parts(ranks: Ranks, new_state: str) -> None
             assert_same_bits(found, expected)
 
 
-@pytest.mark.parametrize("backend", ["cpp", "reference"])
-@pytest.mark.parametrize("clip", ["before_mask", "after_mask"])
+@pytest.mark.parametrize(
+    ("clip", "backend"),
+    [
+        ("before_mask", "cpp"),
+        ("after_mask", "reference"),
+        pytest.param("after_mask", "cpp", marks=pytest.mark.slow),
+        pytest.param("before_mask", "reference", marks=pytest.mark.slow),
+    ],
+)
 def test_the_norm_is_that_of_all_parts(ranks: Ranks, clip: str, backend: str) -> None:
     options = options_of("both", "fp32", backend) | {"max_grad_norm": 0.5, "clip": clip}
     expected, norm = stepped(options, None)
