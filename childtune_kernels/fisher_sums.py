@@ -241,8 +241,8 @@ class FisherSums:
             if odd:
                 named = shortened([*dict.fromkeys(odd)])
                 raise ValueError(
-                    f"the scopes of rank {rank} and rank 0 differ: {named}; use the same model and patterns on "
-                    "all ranks"
+                    f"the scopes of rank {rank} and rank 0 differ: {named}; use the same model and "
+                    "patterns on all ranks"
                 )
         self._sums = {label: self._sums[label] for label in first_shapes}
         for total in self._sums.values():
