@@ -127,7 +127,7 @@ def draws_in_every_layout() -> int:
     return compared
 
 
-@pytest.mark.parametrize("world", [3, 4])
+@pytest.mark.parametrize("world", [3, pytest.param(4, marks=pytest.mark.slow)])
 def test_a_random_child_is_that_of_the_whole(ranks: Ranks, world: int) -> None:
     assert ranks.run(world, draws_in_every_layout) == [2 * len(layouts_of(world))] * world
 

@@ -60,6 +60,7 @@ def task_and_split() -> Iterator[tuple[TextTask, Split]]:
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 def test_the_fisher_child_beats_the_lowest_fisher_child(
     task_and_split: tuple[TextTask, Split],
 ) -> None:

@@ -65,7 +65,7 @@ _SCALED = (
 # An element map gives every type the same elements: two types meet all of them.
 _SHARDS = (
     "(not alignment or -3) and not -whole- and not fp32_bf16_state "
-    "and (-fp32 or stochastic or -blocks-fp64 or -blocks-bf16 or huge)"
+    "and (-fp32 or (stochastic and (unaligned or blocks)) or -blocks-fp64 or -blocks-bf16 or huge)"
 )
 _NORM = ("_gradient_norm_kernel", "_gradient_norm_again_kernel")
 _NORM_CASES = (
@@ -82,7 +82,7 @@ RUNS = [
     Run(
         "child_adamw", "test_child_adamw", _ALL_OF_STEP,
         "column_equals and compact and not chosen and not fp32_gradient_no_master and not fp32_master "
-        "and not stochastic and not bf16_state and not fp16_", "compact",
+        "and not stochastic and not bf16_state and not fp16_ and (-fp32- or -both-)", "compact",
     ),
     Run("child_adamw", "test_child_adamw", _ALL_OF_STEP[:4], _ROUNDED, "rounded"),
     Run(

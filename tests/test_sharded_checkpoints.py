@@ -149,12 +149,12 @@ def resumed(engine: str, folder: str) -> dict[str, dict[str, Tensor]]:
 @pytest.mark.parametrize(
     ("first", "second"),
     [
-        (("fsdp", 2), ("fsdp", 4)),
+        pytest.param(("fsdp", 2), ("fsdp", 4), marks=pytest.mark.slow),
         (("fsdp", 3), ("tensor parallel", 2)),
         (("tensor parallel", 3), ("fsdp", 1)),
         (("both", 4), ("fsdp", 3)),
         (("fsdp", 1), ("both", 4)),
-        (("replicas", 4), ("fsdp", 2)),
+        pytest.param(("replicas", 4), ("fsdp", 2), marks=pytest.mark.slow),
     ],
     ids=str,
 )
