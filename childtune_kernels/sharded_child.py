@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import child_layout, ops, sharding
-from .sharding import Parts
+from . import child_layout, mask_parts, ops, sharding
 from .state_tensors import ELEMENTWISE, check_shape
 from .weight_formats import key
 
@@ -38,14 +37,13 @@ def saved_child(label: str, parameter: Tensor, saved: State) -> dict[str, Any]:
     like: Any = parameter
     if like.device_mesh.get_coordinate() is None:
         return {name: value for name, value in saved.items() if name != "mask_words"}
-    words = sharding.whole_words(saved["mask_words"], parameter)
-    parts = sharding.parts_of(label, parameter)
+    words = _whole_words(label, saved["mask_words"], parameter)
     pieces: dict[str, Any] = {"mask_words": _in_pieces(words, parameter)}
     if "child_shape" in saved:
         pieces["child_shape"] = torch.tensor(parameter.shape)
     for name, value in saved.items():
         if name in OF_CHILD:
-            child = _child_of_whole(value, words, parameter, parts)
+            child = _child_of_whole(label, value, words, parameter)
             pieces[name] = _in_pieces(child, parameter)
         elif name in ELEMENTWISE:
             pieces[name] = sharding.placed_as(value, parameter)
@@ -91,7 +89,7 @@ def child_of_part(
     """
     words = saved.get("mask_words")
     if sharding.on_any_rank(words is None, parameter):
-        words = sharding.whole_words(own_words(label, current), parameter)
+        words = _whole_words(label, own_words(label, current), parameter)
     assert words is not None
     words = sharding.whole_of(words)
     ops.check_words(label, words, parameter.numel())
@@ -117,22 +115,29 @@ def child_of_part(
     return read
 
 
-def _child_of_whole(child: Tensor, words: Tensor, parameter: Tensor, parts: Parts) -> Tensor:
+def _whole_words(label: str, words: Tensor, parameter: Tensor) -> Tensor:
+    placed = sharding.placed_of(parameter)
+    assert placed is not None
+    return mask_parts.whole_words(label, words, placed)
+
+
+def _child_of_whole(label: str, child: Tensor, words: Tensor, parameter: Tensor) -> Tensor:
     """The child's values of all parts, in row-major order of the whole."""
     count = torch.tensor([child.numel()], device=child.device)
     counts = sharding.of_all_parts(count, parameter).view(-1)
     padded = child.new_zeros(int(counts.max()))
     padded[: child.numel()] = child
     of_parts = sharding.of_all_parts(padded, parameter)
-    if parts.in_order:
+    if sharding.is_cut_in_order(parameter):
         return of_parts[torch.arange(padded.numel(), device=child.device) < counts[:, None]]
-    return torch.cat([*_in_order(of_parts, words, parameter.shape, parts)])
+    return torch.cat([*_in_order(of_parts, words, sharding.numbers_of_parts(label, parameter))])
 
 
-def _in_order(of_parts: Tensor, words: Tensor, shape: torch.Size, parts: Parts) -> Iterator[Tensor]:
+def _in_order(of_parts: Tensor, words: Tensor, numbers: Sequence[Tensor]) -> Iterator[Tensor]:
     """Values of the parts, each in the order of its own, as their elements lie in the whole."""
-    tables = [table.to(words.device) for table in parts.by_dimension]
-    taken = torch.zeros(parts.total, dtype=torch.int64, device=words.device)
+    tables = [table.to(words.device) for table in numbers]
+    total = of_parts.shape[0]
+    taken = torch.zeros(total, dtype=torch.int64, device=words.device)
     for first in range(0, words.numel(), _BLOCK_OF_WORDS):
         block = words[first : first + _BLOCK_OF_WORDS]
         elements = ops.mask_indices(block) + 32 * first
@@ -142,7 +147,7 @@ def _in_order(of_parts: Tensor, words: Tensor, shape: torch.Size, parts: Parts) 
             elements //= table.numel()
         # The how manieth of its part's in this block each element is.
         order = part.argsort(stable=True)
-        counts = part.bincount(minlength=parts.total)
+        counts = part.bincount(minlength=total)
         before = counts.cumsum(0) - counts
         within = torch.empty_like(part)
         within[order] = torch.arange(part.numel(), device=part.device) - before[part[order]]
@@ -152,18 +157,11 @@ def _in_order(of_parts: Tensor, words: Tensor, shape: torch.Size, parts: Parts) 
 
 def _in_pieces(vector: Tensor, parameter: Tensor) -> Tensor:
     """A vector that every rank has, as a DTensor of which each keeps a piece."""
-    from torch.distributed.tensor import Shard, distribute_tensor
+    from torch.distributed.tensor import distribute_tensor
 
     like: Any = parameter
-    placements = [Shard(0) if hasattr(each, "dim") else each for each in like.placements]
+    placements = sharding.placements_along_first(like)
     cut = distribute_tensor(vector, like.device_mesh, placements, src_data_rank=None)
+    placed = sharding.Placed(vector.shape, like.device_mesh, tuple(placements))
     # A piece of its own: the vector goes.
-    made: Tensor = type(cut).from_local(
-        cut.to_local().clone(),
-        like.device_mesh,
-        placements,
-        run_check=False,
-        shape=vector.shape,
-        stride=(1,),
-    )
-    return made
+    return sharding.placed_by(cut.to_local().clone(), placed)

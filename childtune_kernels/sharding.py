@@ -249,63 +249,50 @@ def words_of_part(label: str, words: Tensor, tensor: Tensor | Placed) -> Tensor:
     return ops.pack_mask(part.contiguous())
 
 
-class Parts(NamedTuple):
-    """The parts that a DTensor is cut into, replicas once.
+def _cuts(placed: Any) -> list[int]:
+    """The dimensions of the mesh over which a DTensor is cut."""
+    return [at for at, placement in enumerate(placed.placements) if hasattr(placement, "dim")]
 
-    ``total``: how many; ``in_order``: whether one ends where the next begins.
-    ``by_dimension``: for every dimension of the whole, what each position adds to the number of the part
-    that holds an element, int64, on the CPU.
+
+def is_cut_in_order(tensor: Any) -> bool:
+    """Whether one part of a DTensor ends where the next begins."""
+    cutting = [tensor.placements[cut] for cut in _cuts(tensor)]
+    return all(each.dim == 0 and not hasattr(each, "split_factor") for each in cutting)
+
+
+def numbers_of_parts(label: str, tensor: Any) -> list[Tensor]:
+    """For every dimension of a DTensor, what each position adds to the number of the part it lies in.
+
+    int64, on the CPU; the sum over an element's positions is the row that its part has in ``of_all_parts``.
     """
-
-    total: int
-    in_order: bool
-    by_dimension: list[Tensor]
-
-
-def parts_of(label: str, tensor: Tensor) -> Parts:
-    """How a DTensor is cut."""
-    like: Any = tensor
-    shape = like.device_mesh.shape
-    cuts = [index for index, placement in enumerate(like.placements) if hasattr(placement, "dim")]
+    shape, cuts = tensor.device_mesh.shape, _cuts(tensor)
     strides = {cut: math.prod(shape[other] for other in cuts if other > cut) for cut in cuts}
-    tables = [torch.zeros(size, dtype=torch.int64) for size in like.shape]
+    tables = [torch.zeros(size, dtype=torch.int64) for size in tensor.shape]
     for dim, table in enumerate(tables):
-        of_dim = [cut for cut in cuts if like.placements[cut].dim % like.dim() == dim]
+        of_dim = [cut for cut in cuts if tensor.placements[cut].dim == dim]
         for indices in itertools.product(*(range(shape[cut]) for cut in of_dim)):
             at = [0] * len(shape)
             for cut, index in zip(of_dim, indices, strict=True):
                 at[cut] = index
-            held = positions_of(label, like, at)[dim]
-            number = sum(strides[cut] * index for cut, index in zip(of_dim, indices, strict=True))
-            table[list(held)] = number
-    return Parts(
-        total=math.prod(shape[cut] for cut in cuts),
-        in_order=all(
-            like.placements[cut].dim == 0 and not hasattr(like.placements[cut], "split_factor")
-            for cut in cuts
-        ),
-        by_dimension=tables,
-    )
+            held = positions_of(label, tensor, at)[dim]
+            table[list(held)] = sum(strides[cut] * at[cut] for cut in of_dim)
+    return tables
 
 
-def of_all_parts(values: Tensor, tensor: Tensor) -> Tensor:
-    """One row from every part of a DTensor, ``[parts, n]``: a collective of the ranks that hold it."""
+def placements_along_first(tensor: Any) -> list[Any]:
+    """Placements that cut another tensor's first dimension over the mesh dimensions that cut this one."""
     from torch.distributed.tensor import Shard
 
-    like: Any = tensor
-    placements = [Shard(0) if hasattr(each, "dim") else each for each in like.placements]
-    made = type(like.detach()).from_local(
-        values.view(1, -1), like.device_mesh, placements, run_check=False
+    cuts = _cuts(tensor)
+    return [Shard(0) if at in cuts else each for at, each in enumerate(tensor.placements)]
+
+
+def of_all_parts(values: Tensor, tensor: Any) -> Tensor:
+    """One row from every part of a DTensor, ``[parts, n]``: a collective of the ranks that hold it."""
+    made = type(tensor.detach()).from_local(
+        values.view(1, -1), tensor.device_mesh, placements_along_first(tensor), run_check=False
     )
     return whole_of(made)
-
-
-def whole_words(words: Tensor, tensor: Tensor) -> Tensor:
-    """The mask words of a whole parameter from those of the parts; a collective of the ranks that hold it."""
-    if not is_sharded(tensor):
-        return words
-    part = ops.unpack_mask(words, local_of(tensor).shape).to(torch.uint8)
-    return ops.pack_mask(whole_of(placed_as(part, tensor)).bool())
 
 
 def whole_of(tensor: Tensor) -> Tensor:
