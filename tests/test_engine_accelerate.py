@@ -15,6 +15,7 @@ from childtune_kernels import FusedChildAdamW, random_child
 
 from .cases import assert_same_bits
 from .ranks import Ranks
+from .test_engines import Model
 
 pytest.importorskip("accelerate")
 
@@ -22,20 +23,6 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR
 STEPS = 4
 BETWEEN = 2  # saved before this one
 ACCUMULATED = 2
-
-
-class Model(nn.Module):
-    """Two layers of sizes that two ranks part unevenly."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.up = nn.Linear(10, 13)
-        self.down = nn.Linear(13, 3)
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        hidden: Tensor = self.down(torch.relu(self.up(tokens)))
-        return hidden
 
 
 def optimizer_of(model: nn.Module, child: bool) -> FusedChildAdamW:
