@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import ops, registry
+from . import fisher_parts, ops, registry, sharding
 from .fisher_examples import LossFunction, example_gradients
 from .fisher_recording import Recording
 from .fisher_scope import Patterns, scope_of, shortened
@@ -26,6 +26,10 @@ class FisherAccumulator(FisherSums):
     which is cheaper and another quantity. Put the model in eval mode: with dropout the squares would
     contain its noise, and batch norm in train mode mixes the examples of a batch. Frozen parameters are
     left out; trainable ones outside the scope train densely under the mask.
+
+    Of DTensors (``fully_shard``, ``parallelize_module``) each rank holds the sums of its parts, and the
+    mask is one of parts, too; all ranks record, and call what follows, alike. ``fully_shard`` averages
+    gradients over ranks before they are squared: for the paper's squares all ranks run the same example.
 
     Args:
         model: its parameters are read; nothing of it changes.
@@ -64,11 +68,7 @@ class FisherAccumulator(FisherSums):
         scope = scope_of(model, include, exclude)
         with torch.inference_mode(False):
             sums = {
-                member.label: torch.zeros(
-                    member.parameter.shape,
-                    dtype=torch.float32,
-                    device=offload or member.parameter.device,
-                )
+                member.label: fisher_parts.zeros_for(member.parameter, offload)
                 for member in scope.members
             }
         super().__init__(
@@ -81,7 +81,7 @@ class FisherAccumulator(FisherSums):
         )
         self._choices = {
             device: registry.choose("fisher_accumulate", device, backend)
-            for device in {total.device for total in sums.values()}
+            for device in {sharding.local_of(total).device for total in sums.values()}
         }
         self._offloaded = offload is not None
         self._model, self._members, self._others = model, scope.members, scope.dense
@@ -133,7 +133,7 @@ class FisherAccumulator(FisherSums):
 
     @contextmanager
     def recording(
-        self, examples_per_backward: int = 1, *, grad_scale: float = 1.0
+        self, examples_per_backward: int | None = None, *, grad_scale: float = 1.0
     ) -> Iterator[FisherAccumulator]:
         """While this block runs, every backward is a record: its gradients are squared and freed one by one.
 
@@ -142,17 +142,20 @@ class FisherAccumulator(FisherSums):
         stood in ``.grad`` is put back at the end, also for parameters outside the scope.
 
         Args:
-            examples_per_backward: of how many examples each backward's loss is the mean; 1 gives the paper's
-                Fisher. For a shorter last batch open another block.
+            examples_per_backward: of how many examples each backward's loss is the mean; 1, which None
+                stands for, gives the paper's Fisher. For a shorter last batch open another block. Under
+                ``fully_shard`` it has to be said: 1 where all ranks run the same example, else the
+                number of examples of all ranks together.
             grad_scale: the factor S by which the loss is multiplied (``GradScaler.get_scale()``); squares are
                 divided by S².
 
         Raises:
-            ValueError: counts below 1, or a scale whose 1/S² is not positive and finite in fp32.
+            ValueError: counts below 1, or None under ``fully_shard``; a scale whose 1/S² is not positive and
+                finite in fp32.
             RuntimeError: a recording is running already; a gradient arrived twice within one backward; a
                 backward raised half-way, after which the sums are of no use (``reset`` clears them).
         """
-        examples = checked_count("examples_per_backward", examples_per_backward)
+        examples = self._examples("examples_per_backward", examples_per_backward)
         scale = _square_scale(grad_scale)
         self._require_idle()
         self._warn_of_training(4)
@@ -172,18 +175,18 @@ class FisherAccumulator(FisherSums):
             self._broken = recording.stop() or self._broken
         self._require_whole()
 
-    def accumulate(self, examples: int = 1, *, grad_scale: float = 1.0) -> None:
+    def accumulate(self, examples: int | None = None, *, grad_scale: float = 1.0) -> None:
         """Add what stands in ``.grad`` as one record; the gradients are only read.
 
         Args:
-            examples: of how many examples the loss was the mean.
+            examples: of how many examples the loss was the mean, as for ``recording``.
             grad_scale: as for ``recording``.
 
         Raises:
             ValueError: as ``recording``; a gradient that cannot be squared. Nothing was added.
             RuntimeError: no parameter in scope has a gradient; a recording is running.
         """
-        examples, scale = checked_count("examples", examples), _square_scale(grad_scale)
+        examples, scale = self._examples("examples", examples), _square_scale(grad_scale)
         self._require_idle()
         gradients = {
             member.label: member.parameter.grad
@@ -222,10 +225,17 @@ class FisherAccumulator(FisherSums):
         Raises:
             ValueError, TypeError: a batch, chunk or loss of another kind.
             RuntimeError: ``torch.func`` cannot run the model: batch norm or dropout in train mode, control
-                flow that depends on data; ``recording`` with a batch of one can. The message says how many
-                examples of the batch are recorded.
+                flow that depends on data, DTensors; ``recording`` with a batch of one can. The message says
+                how many examples of the batch are recorded.
         """
         self._require_idle()
+        for member in self._members:
+            if sharding.is_sharded(member.parameter):
+                raise RuntimeError(
+                    f"record_examples: torch.func cannot run {member.label}, which is a DTensor; run a "
+                    "batch of one at a time within 'with fisher.recording(examples_per_backward=1)', the "
+                    "same on all ranks. 0 of this batch's examples are recorded"
+                )
         labels = [member.label for member in self._members]
         for gradients in example_gradients(self._model, self._members, loss_fn, batch, chunk):
             self._add(dict(zip(labels, gradients, strict=True)), 1.0)
@@ -243,7 +253,7 @@ class FisherAccumulator(FisherSums):
             raise RuntimeError("this accumulator is recording; leave that block first")
         self._broken = False
         for total in self._sums.values():
-            total.zero_()
+            sharding.local_of(total).zero_()
         self._records.clear()
         self._seen.clear()
         self._functional = self._reduced = False
@@ -262,29 +272,43 @@ class FisherAccumulator(FisherSums):
 
     def _add(self, gradients: Mapping[str, Tensor], scale: float) -> None:
         """Add squared gradients, in one call for each device."""
-        for label, gradient in gradients.items():
-            total = self._sums[label]
-            ops.check_squares(label, total, gradient, anywhere=self._offloaded)
+        parts = {
+            label: sharding.gradient_part(label, gradient, self._sums[label])
+            for label, gradient in gradients.items()
+        }
+        for label, part in parts.items():
+            total = sharding.local_of(self._sums[label])
+            ops.check_squares(label, total, part, anywhere=self._offloaded)
         try:
             if self._offloaded:
-                for label, gradient in gradients.items():
-                    self._add_here({label: gradient.detach().cpu()}, scale)
+                for label, part in parts.items():
+                    self._add_here({label: part.detach().cpu()}, scale)
             else:
-                self._add_here(gradients, scale)
+                self._add_here(parts, scale)
         except BaseException:
             self._broken = True
             raise
 
     def _add_here(self, gradients: Mapping[str, Tensor], scale: float) -> None:
         for device, choice in self._choices.items():
-            labels = [label for label in gradients if self._sums[label].device == device]
+            sums = {label: sharding.local_of(self._sums[label]) for label in gradients}
+            labels = [label for label, total in sums.items() if total.device == device]
             ops.fisher_accumulate_(
-                [self._sums[label] for label in labels],
+                [sums[label] for label in labels],
                 [gradients[label] for label in labels],
                 choice,
                 scale,
                 labels,
             )
+
+    def _examples(self, what: str, given: int | None) -> int:
+        if given is None and fisher_parts.averages_over_ranks(self._model):
+            raise ValueError(
+                f"{what} must be given for a model under fully_shard, which averages gradients over ranks: "
+                "1 if all ranks run the same example (the paper's Fisher information), else how many "
+                "examples all ranks together average"
+            )
+        return checked_count(what, 1 if given is None else given)
 
     def _count(self, examples: int, arrived: Collection[str]) -> None:
         self._records[examples] = self._records.get(examples, 0) + 1

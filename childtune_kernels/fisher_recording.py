@@ -14,13 +14,17 @@ from torch.autograd.function import BackwardCFunction
 
 from .fisher_scope import Member
 
-# The engine calls a Python node through one of these; a hook that finds such a frame below itself runs in
-# a backward that the node has started.
+# The engine calls a Python node through one of these. A hook runs in a backward that the node has started
+# where it finds such a frame below itself, and between the two the engine started anew: fully_shard calls
+# hooks from a node of its own, within the one backward.
 _NODE_CALLS = frozenset(
     method.__code__
     for name in ("apply", "apply_boxed")
     if (method := getattr(BackwardCFunction, name, None)) is not None
 )
+
+
+_ENGINE_START = torch.autograd.graph._engine_run_backward.__code__
 
 
 class _Record:
@@ -146,9 +150,7 @@ class Recording:
         with self._lock:
             if record.outermost is None:
                 record.outermost = task
-                torch.autograd.Variable._execution_engine.queue_callback(
-                    partial(self._close, record)
-                )
+                _after_this_task(partial(_after_this_task, partial(self._close, record)))
             elif record.outermost != task:
                 raise RuntimeError(
                     "a backward began while the one before it had not come to its end: it raised, or "
@@ -181,12 +183,22 @@ class Recording:
         self._count(record.arrived)
 
 
+def _after_this_task(callback: Callable[[], None]) -> None:
+    """Have the engine call back at the end of the running graph task, after what is queued already.
+
+    Callbacks of others bring gradients too: fully_shard's brings those of the first layers, and may be
+    queued after ours. Ours closes a record only after it has queued itself a second time.
+    """
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
 def _outermost_node() -> Any:
     """The outermost Python node on the stack, whose backward has started this one; None without one."""
-    outermost = None
+    outermost, started = None, False
     frame = sys._getframe()
     while frame is not None:
-        if frame.f_code in _NODE_CALLS:
+        started = started or frame.f_code is _ENGINE_START
+        if started and frame.f_code in _NODE_CALLS:
             outermost = frame
         frame = frame.f_back  # type: ignore[assignment]
     return None if outermost is None else outermost.f_locals["self"]

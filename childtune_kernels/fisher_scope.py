@@ -47,7 +47,8 @@ def scope_of(model: torch.nn.Module, include: Patterns, exclude: Patterns) -> Fi
     Raises:
         TypeError: no module, or patterns that are not text.
         ValueError: a pattern that matches no parameter, nothing left in scope, two parameters of one label,
-            a parameter in scope that has no Fisher information here, as a DTensor.
+            a parameter in scope that has no Fisher information here, as one that
+            FullyShardedDataParallel has flattened.
     """
     if not isinstance(model, torch.nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
@@ -76,11 +77,10 @@ def scope_of(model: torch.nn.Module, include: Patterns, exclude: Patterns) -> Fi
         )
     for member in members:
         if sharding.is_sharded(member.parameter):
-            raise ValueError(
-                f"parameter {member.label} is a DTensor, whose gradients are averages over ranks, and no "
-                "squares of examples; record before the model is sharded, each rank its own, then reduce()"
-            )
-        ops.check_parameter(member.label, member.parameter)
+            sharding.check_part(member.label, member.parameter)
+        else:
+            sharding.check_whole(member.label, member.parameter)
+        ops.check_parameter(member.label, sharding.local_of(member.parameter))
     return FisherScope(tuple(members), tuple(dense), included, excluded)
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Mapping
+from contextlib import nullcontext
 from types import MappingProxyType
 from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
-from . import ops, rank_values
+from . import fisher_parts, ops, rank_values, sharding
 from .child_mask import ChildMask
 from .fisher_files import StoredFisher, read_fisher, save_fisher
 from .fisher_scope import near_labels, shortened
@@ -33,7 +34,8 @@ class FisherSums:
     ranks have summed.
 
     Args:
-        sums: name → contiguous fp32 sum of squared gradients, taken as it is and not copied.
+        sums: name → contiguous fp32 sum of squared gradients, taken as it is and not copied; of a DTensor
+            parameter a DTensor of its placements.
         records_by_size: examples per record → number of records.
         dense: names of parameters that train densely.
         include, exclude: the patterns that led to this scope, for the metadata.
@@ -55,7 +57,7 @@ class FisherSums:
     ) -> None:
         self._sums = by_label(sums)
         for label, total in self._sums.items():
-            ops.check_squares(label, total, total)
+            ops.check_squares(label, sharding.local_of(total), sharding.local_of(total))
         self._dense = tuple(map(label_of, dense))
         both = self._sums.keys() & set(self._dense)
         if both:
@@ -138,7 +140,8 @@ class FisherSums:
             why = "trains densely" if label in self._dense else "is not in scope"
             near = near_labels(label, self.names)
             raise KeyError(f"{label} {why}; in scope are {shortened(near)}")
-        return self._sums[label] / records
+        total = self._sums[label]
+        return sharding.placed_as(sharding.local_of(total) / records, total)
 
     def child_mask(
         self,
@@ -156,7 +159,7 @@ class FisherSums:
         ``FusedChildAdamW(model.named_parameters(), child_mask=mask)``; give the optimizer the trainable
         ones alone where some are frozen, which the mask does not know. It is selected from the sums, which
         are in the order of the means; sums on several devices are copied to the CPU. Parameters without
-        a gradient draw a warning. Arguments: ``select_child``.
+        a gradient draw a warning. Of DTensors it is a collective of all ranks. Arguments: ``select_child``.
 
         Raises:
             ValueError: as ``select_child``, above all NaN or infinite sums, by name.
@@ -172,8 +175,8 @@ class FisherSums:
                 stacklevel=2,
             )
         sums = self._sums
-        if len({total.device for total in sums.values()}) > 1:
-            sums = {label: total.cpu() for label, total in sums.items()}
+        if len({sharding.local_of(total).device for total in sums.values()}) > 1:
+            sums = {label: fisher_parts.on_cpu(total) for label, total in sums.items()}
         return select_child(
             sums,
             reserve_p=reserve_p,
@@ -189,7 +192,8 @@ class FisherSums:
         """Add another accumulator's sums and counts, as of another run over other examples.
 
         Where one was recorded per example and the other was not, the kind becomes ``"mixed"``. Each sum is
-        rounded once more, so that the order of merging can show in the last bits.
+        rounded once more, so that the order of merging can show in the last bits. Of whole sums an
+        accumulator of DTensors takes its parts; where the other's are DTensors it is a collective.
 
         Raises:
             TypeError: no accumulator.
@@ -203,7 +207,8 @@ class FisherSums:
         self._require_scope(other)
         arrived = other._sums.keys() - set(other.without_gradient)
         for label, total in self._sums.items():
-            total.add_(other._sums[label].to(total.device))
+            own = sharding.local_of(total)
+            own.add_(fisher_parts.for_sums(label, other._sums[label], total).to(own.device))
         for size, count in dict(other._records).items():
             self._records[size] = self._records.get(size, 0) + count
         self._seen |= arrived
@@ -215,23 +220,29 @@ class FisherSums:
         masks that are made of them. The order of parameters becomes that of the group's first rank.
 
         Args:
-            process_group: None: all ranks.
+            process_group: None: all ranks. Under tensor parallelism the ranks of one coordinate, which have
+                parts of models of their own.
 
         Changes in place: sums, records and ``without_gradient``, on every rank.
 
         Raises:
-            ValueError: another scope or other shapes on another rank; on all ranks, nothing was added.
+            ValueError: another scope or other shapes on another rank, or sums of DTensors that the ranks
+                share; on all ranks, nothing was added.
             RuntimeError: a rank holds a part of a record, or reduced before, since the last ``reset()``.
         """
         if not rank_values.is_distributed(process_group):
             return
         with rank_values.agreed(process_group):
             self._require_whole()
+            fisher_parts.require_models_of_their_own(self._sums, process_group)
             if self._reduced:
                 raise RuntimeError(
                     "reduce() twice would count examples twice; call reset() between"
                 )
-        shapes = {label: tuple(total.shape) for label, total in self._sums.items()}
+        shapes = {
+            label: (tuple(total.shape), tuple(sharding.local_of(total).shape))
+            for label, total in self._sums.items()
+        }
         own = shapes, sorted(self._dense), dict(self._records), self._seen, self._functional
         of_ranks = rank_values.gathered_objects(own, process_group)
         first_shapes, first_dense = of_ranks[0][:2]
@@ -246,7 +257,7 @@ class FisherSums:
                 )
         self._sums = {label: self._sums[label] for label in first_shapes}
         for total in self._sums.values():
-            rank_values.add_over_ranks_(total, process_group)
+            rank_values.add_over_ranks_(sharding.local_of(total), process_group)
         self._records = {}
         for _, _, records, _, _ in of_ranks:
             for size, count in records.items():
@@ -262,12 +273,22 @@ class FisherSums:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write sums, counts and scope as safetensors; the file appears only when it is whole.
 
+        Of DTensors it is a collective of all ranks: sums are gathered one by one, rank 0 writes the
+        whole ones, and the others wait until they are there. An error of rank 0 is raised on all ranks.
+
         Raises:
             FileNotFoundError: the directory does not exist.
             RuntimeError: the sums hold a part of a record.
         """
+        self._require_whole()
+        whole = fisher_parts.whole_sums(self._sums)
+        with rank_values.agreed() if fisher_parts.any_sharded(self._sums) else nullcontext():
+            if whole is not None:
+                self._write(path, whole)
+
+    def _write(self, path: str | os.PathLike[str], whole: dict[str, Tensor]) -> None:
         stored = StoredFisher(
-            sums=dict(self.sums),
+            sums=whole,
             records_by_size=dict(self._records),
             dense=list(self._dense),
             include=None if self.include is None else list(self.include),

@@ -77,21 +77,35 @@ def gradients_of_parts(rows: Sequence[Any]) -> Iterator[None]:
 
 
 def _give_gradient(label: str, sharded: Any, part: Tensor) -> None:
-    grad = sharded.grad
-    if grad is None:
+    if sharded.grad is None:
         part.grad = None
         return
-    if not is_sharded(grad) or grad.shape != sharded.shape:
-        raise ValueError(
-            f"gradient of {label}: a {type(grad).__name__} of shape {tuple(grad.shape)} for a DTensor of "
-            f"shape {tuple(sharded.shape)}; let backward make it, or place it as the parameter is"
-        )
-    if grad.placements != sharded.placements or grad.device_mesh != sharded.device_mesh:
-        grad = grad.redistribute(sharded.device_mesh, sharded.placements)
-    of_part = local_of(grad)
+    of_part = gradient_part(label, sharded.grad, sharded)
     if of_part.dtype != part.dtype and part.grad_dtype is not None:
         part.grad_dtype = None  # any: ops.check_gradient says which will do
     part.grad = of_part
+
+
+def gradient_part(label: str, grad: Any, like: Tensor) -> Tensor:
+    """Of a gradient what goes with this rank's part of ``like``; of a plain tensor's the gradient itself.
+
+    One that is placed otherwise is redistributed: a collective of the ranks that hold it.
+
+    Raises:
+        ValueError: no DTensor of the shape of ``like``.
+    """
+    placed = placed_of(like)
+    if placed is None:
+        plain: Tensor = grad
+        return plain
+    if not is_sharded(grad) or grad.shape != placed.shape:
+        raise ValueError(
+            f"gradient of {label}: a {type(grad).__name__} of shape {tuple(grad.shape)} for a DTensor of "
+            f"shape {tuple(placed.shape)}; let backward make it, or place it as the parameter is"
+        )
+    if grad.placements != placed.placements or grad.device_mesh != placed.device_mesh:
+        grad = grad.redistribute(placed.device_mesh, placed.placements)
+    return local_of(grad)
 
 
 def element_map_of(label: str, tensor: Tensor) -> IndexMap:

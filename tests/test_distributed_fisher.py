@@ -6,8 +6,6 @@ import pytest
 import torch
 import torch.distributed
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from childtune_kernels import ChildMask, FisherAccumulator
 
@@ -100,19 +98,6 @@ def stopped_half_way() -> None:
 
 def test_a_part_of_a_record_on_one_rank_stops_all(ranks: Ranks) -> None:
     ranks.run(2, stopped_half_way)
-
-
-def of_parts() -> str:
-    model = network()
-    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
-    with pytest.raises(ValueError, match="is a DTensor") as caught:
-        FisherAccumulator(model)
-    return str(caught.value)
-
-
-def test_averaged_gradients_are_refused(ranks: Ranks) -> None:
-    for said in ranks.run(2, of_parts):
-        assert "record before the model is sharded" in said
 
 
 def test_one_process_reduces_nothing() -> None:

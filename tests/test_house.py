@@ -33,6 +33,7 @@ FLOORS: list[set[str]] = [
         "child_layout",
         "child_mask",
         "fisher_files",
+        "fisher_parts",
         "fisher_scope",
         "radix_select",
         "smallest_words",
