@@ -37,7 +37,8 @@ GPU = next(gpu for gpu in GPUS if gpu.name == "H100")
 GPU_MEMORY = 80e9  # bytes, NVIDIA H100 datasheet (SXM)
 #: Assumed, not measured: the share of the published rate that a step, or a collective, reaches.
 SHARE_OF_MEMORY_RATE, SHARE_OF_LINK_RATE = 0.85, 0.8
-#: Bytes a second that a GPU sends. NVIDIA H100 datasheet: NVLink 900 GB/s, half of it each way.
+#: Bytes a second that a GPU sends. NVIDIA H100 datasheet: NVLink 900 GB/s, half of it each way; 380 of these
+#: 450 GB/s were measured from GPU to GPU in https://github.com/NVIDIA/nccl/issues/1264.
 NVLINK = 450e9
 #: NVIDIA DGX H100 datasheet: a ConnectX-7 of 400 Gb/s each way for each of 8 GPUs.
 INFINIBAND, GPUS_A_NODE = 50e9, 8

@@ -14,17 +14,13 @@ from torch.autograd.function import BackwardCFunction
 
 from .fisher_scope import Member
 
-# The engine calls a Python node through one of these. A hook runs in a backward that the node has started
-# where it finds such a frame below itself, and between the two the engine started anew: fully_shard calls
-# hooks from a node of its own, within the one backward.
+# The engine calls a Python node through one of these; a hook that finds such a frame below itself runs in
+# a backward that the node has started, or, as fully_shard calls hooks, in the node itself.
 _NODE_CALLS = frozenset(
     method.__code__
     for name in ("apply", "apply_boxed")
     if (method := getattr(BackwardCFunction, name, None)) is not None
 )
-
-
-_ENGINE_START = torch.autograd.graph._engine_run_backward.__code__
 
 
 class _Record:
@@ -194,11 +190,10 @@ def _after_this_task(callback: Callable[[], None]) -> None:
 
 def _outermost_node() -> Any:
     """The outermost Python node on the stack, whose backward has started this one; None without one."""
-    outermost, started = None, False
+    outermost = None
     frame = sys._getframe()
     while frame is not None:
-        started = started or frame.f_code is _ENGINE_START
-        if started and frame.f_code in _NODE_CALLS:
+        if frame.f_code in _NODE_CALLS:
             outermost = frame
         frame = frame.f_back  # type: ignore[assignment]
     return None if outermost is None else outermost.f_locals["self"]

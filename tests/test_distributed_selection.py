@@ -203,6 +203,7 @@ def errors_of_one_rank() -> dict[str, str]:
     return {
         "NaN": message_of(placed("matrix", "matrix", 1, float("nan")), reserve_p=0.3),
         "negative": message_of(placed("matrix", "whole", 2, -1.0), reserve_p=0.3, granularity=32),
+        "replica": message_of(placed("matrix", "whole", 4, -2.0), reserve_p=0.3),
         "name": message_of(placed("another" if is_last else "matrix"), reserve_p=0.3),
         "shape": message_of(shapes, reserve_p=0.3),
         "placements": message_of(replaced, reserve_p=0.3),
@@ -219,6 +220,8 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Ranks) -> None:
     # 13 rows on three ranks: 5, 5 and 3.
     assert "matrix: nan at element 961" in first["NaN"]
     assert "whole: -1.0 at element 2" in first["negative"]
+    # That rank's copy is not counted, but it would get another child.
+    assert "whole: -2.0 at element 4" in first["replica"]
     assert "another, matrix" in first["name"]
     assert "whole: shapes (3, 5) on rank 0 and (8, 24) on rank 2" in first["shape"]
     assert "(S(0)) on rank 0 and (R) on rank 2" in first["placements"].replace(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import signal
 import warnings
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,7 @@ import pytest
 import torch
 import torch.distributed
 import torch.distributed.checkpoint
+import torch.multiprocessing
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -271,6 +274,52 @@ def test_a_save_that_fails_on_one_rank_leaves_nothing_that_loads(
     ranks: Ranks, tmp_path: Path
 ) -> None:
     ranks.run(2, cut_off, str(tmp_path))
+
+
+class Killed(torch.distributed.checkpoint.FileSystemWriter):
+    """The second rank's process ends in the middle of its file."""
+
+    def write_data(self, plan: Any, planner: Any) -> Any:
+        if torch.distributed.get_rank() == 1:
+            Path(self.path, "__1_0.distcp").write_bytes(b"half")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().write_data(plan, planner)
+
+
+def killed_half_way(rank: int, folder: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    store = torch.distributed.FileStore(f"{folder}/store", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model, optimizer = made("fsdp", "compact")
+    train(model, optimizer, range(1))
+    torch.distributed.checkpoint.save(states_of(model, optimizer), checkpoint_id=f"{folder}/last")
+    train(model, optimizer, range(1, 2))
+    with pytest.raises(Exception, match=r"(?i)connection|peer|rank"):
+        torch.distributed.checkpoint.save(
+            states_of(model, optimizer), storage_writer=Killed(f"{folder}/next")
+        )
+
+
+def continued(folder: str) -> None:
+    """One rank goes on where two stopped."""
+    model, optimizer = made("fsdp", "compact")
+    states = states_of(model, optimizer)
+    with pytest.raises(torch.distributed.checkpoint.api.CheckpointException, match="metadata"):
+        torch.distributed.checkpoint.load(states, checkpoint_id=f"{folder}/next")
+    torch.distributed.checkpoint.load(states, checkpoint_id=f"{folder}/last")
+    set_optimizer_state_dict(model, optimizer, states["optimizer"])
+    assert optimizer.state[next(model.parameters())]["step"] == 1
+
+
+def test_a_killed_rank_leaves_nothing_that_loads(ranks: Ranks, tmp_path: Path) -> None:
+    processes = torch.multiprocessing.start_processes(
+        killed_half_way, (str(tmp_path),), nprocs=2, join=False, start_method="spawn"
+    ).processes
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, -signal.SIGKILL]
+    assert (tmp_path / "next" / "__1_0.distcp").read_bytes() == b"half"
+    ranks.run(1, continued, str(tmp_path))
 
 
 LARGE = 2**20

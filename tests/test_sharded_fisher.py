@@ -23,6 +23,7 @@ from childtune_kernels import (
     ChildMask,
     FisherAccumulator,
     FusedChildAdamW,
+    fisher_sums,
     select_child,
     sharding,
 )
@@ -194,11 +195,18 @@ def test_a_backward_is_one_record(ranks: Ranks, reentrant: bool | None) -> None:
         assert_same_bits(sums, {label: expected[label] for label in sums})
 
 
+def written_twice(*_: Any) -> None:
+    raise AssertionError("a file is written by rank 0 alone")
+
+
 def saved(folder: str, make: Callable[[], nn.Module]) -> None:
     model = make()
     fisher = FisherAccumulator(model, exclude="idle*")
     record(fisher, model, examples_per_backward=1)
-    fisher.save(f"{folder}/fisher.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank():
+            patch.setattr(fisher_sums, "save_fisher", written_twice)
+        fisher.save(f"{folder}/fisher.safetensors")
     assert Path(folder, "fisher.safetensors").exists()
     with pytest.raises(FileNotFoundError):
         fisher.save(f"{folder}/missing/fisher.safetensors")
