@@ -16,6 +16,7 @@ _TITLES = {
     "selection": "Selection of a child",
     "fisher": "Fisher accumulation",
     "clipping": "Clipping and scaling within the step",
+    "sharded": "Sharded parameters",
     "checkpoint": "Child checkpoints",
     "layouts": "Layouts of compact state",
 }
@@ -35,6 +36,11 @@ _NOTES = {
         "Steps of CT_F at p = 0.3: as it is, with `max_grad_norm`, and with what a `GradScaler` hands over. "
         "*Read* is the faster one, by its median, of the two reads of all gradients. torch's way reads the "
         "gradients, reads and writes them to clip, and then steps without a mask."
+    ),
+    "sharded": (
+        "A step over many small tensors, where the host's work counts and the elements hardly do: plain "
+        "tensors, and DTensors on a mesh of this process alone, whose parts are whole. All step weights of "
+        "their own."
     ),
     "checkpoint": "Bytes of the file over bytes of the weights in scope: the encoder's.",
     "layouts": (

@@ -85,6 +85,7 @@ def squares_in_parts(make: Callable[[], nn.Module]) -> tuple[dict[str, Tensor], 
     parameters = dict(model.named_parameters())
     for name, total in fisher.sums.items():
         assert sharding.placed_of(total) == sharding.placed_of(parameters[name])
+        assert sharding.placed_of(fisher[name]) == sharding.placed_of(parameters[name])
         mean = sharding.local_of(total) / EXAMPLES
         assert_same_bits({name: sharding.local_of(fisher[name])}, {name: mean})
     child = fisher.child_mask(reserve_p=0.3)

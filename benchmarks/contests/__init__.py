@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import checkpoint, clipping, fisher, layouts, selection
+from . import checkpoint, clipping, fisher, layouts, selection, sharded
 from .contest import Comparison, Competitor, Contest, Prepared
 
 __all__ = ["CONTESTS", "Comparison", "Competitor", "Contest", "Prepared"]
@@ -13,6 +13,7 @@ CONTESTS: dict[str, Contest] = {
         *selection.CONTESTS,
         *fisher.CONTESTS,
         *clipping.CONTESTS,
+        *sharded.CONTESTS,
         *checkpoint.CONTESTS,
         *layouts.CONTESTS,
     )
