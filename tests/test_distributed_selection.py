@@ -235,6 +235,20 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Ranks) -> None:
     assert "1..1263" in first["number"]
 
 
+def on_turned_meshes() -> str:
+    """Each rank has a mesh in which it is the first: both hold the same rows."""
+    turned = [DeviceMesh("cpu", ranks) for ranks in ([0, 1], [1, 0])]
+    mesh = turned[torch.distributed.get_rank()]
+    placed = sharding.Placed(torch.Size([4, 3]), mesh, (Shard(0),))
+    return message_of({"w": sharding.placed_by(torch.ones(2, 3), placed)}, k=2)
+
+
+def test_parts_that_are_not_the_whole_together_are_refused(ranks: Ranks) -> None:
+    for said in ranks.run(2, on_turned_meshes):
+        assert "w: the parts of all ranks have 6 elements" in said
+        assert "(4, 3) has 12" in said
+
+
 def warned() -> list[str]:
     mesh = init_device_mesh("cpu", (2,))
     values = torch.zeros(10, 4)
