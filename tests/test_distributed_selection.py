@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from childtune_kernels import (
     ChildMask,
     FusedChildAdamW,
+    child_mask,
     random_child,
     select_child,
     sharding,
@@ -267,6 +268,10 @@ def test_zeros_of_all_ranks_are_counted(ranks: Ranks) -> None:
         assert "k=5 is more than the 2 non-zero values" in messages[0]
 
 
+def written_twice(*_: Any) -> None:
+    raise AssertionError("a file is written by rank 0 alone")
+
+
 def algebra_of_parts(path: str) -> dict[str, Any]:
     """What masks of parts say of the whole, in the layouts of four ranks."""
     said: dict[str, Any] = {}
@@ -299,7 +304,10 @@ def algebra_of_parts(path: str) -> dict[str, Any]:
         else:
             of_one = dict(of_a.words)
         said[name] += (ChildMask(of_one, of_a.shapes, ["head"], parts=of_a.parts) != of_a,)
-    of_a.save(f"{path}/child.safetensors")
+    with pytest.MonkeyPatch.context() as patch:
+        if torch.distributed.get_rank():
+            patch.setattr(child_mask, "save_whole", written_twice)
+        of_a.save(f"{path}/child.safetensors")
     said["loaded"] = ChildMask.load(f"{path}/child.safetensors") == a
     said["words"] = repr(of_a)
     for what, act in {
