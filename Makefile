@@ -3,8 +3,8 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# A file's tests stay together: some share what takes minutes to make.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# tests/conftest.py says which tests stay together.
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capability/*)
 
 .PHONY: help install finetune finetune-short low-precision test test-slow bench gpu check format info clean
