@@ -82,6 +82,8 @@ class ChildMask:
         self.words = MappingProxyType(labelled)
         self.shapes = MappingProxyType(sizes)
         self.dense_names = dense_names
+        # label → digest of the whole words that a part was cut from, as far as this rank had them
+        self.cut_from: dict[str, str] = {}
 
     @classmethod
     def from_dense(cls, masks: Mapping[str, Tensor], dense: Iterable[str] = ()) -> ChildMask:
@@ -232,7 +234,7 @@ class ChildMask:
             ValueError: a parameter of another shape than in the mask, or one that is placed otherwise
                 than the mask's own part.
         """
-        words, parts = dict(self.words), dict(self.parts)
+        words, parts, cut_from = dict(self.words), dict(self.parts), dict(self.cut_from)
         for name, parameter in parameters:
             label = label_of(name)
             if label not in words:
@@ -244,8 +246,12 @@ class ChildMask:
                 )
             words[label] = self.words_for(label, parameter)
             if (placed := sharding.placed_of(parameter)) is not None:
+                if label not in parts:
+                    cut_from[label] = mask_parts.digest(self.words[label])
                 parts[label] = placed
-        return ChildMask(words, self.shapes, self.dense_names, parts=parts)
+        cut = ChildMask(words, self.shapes, self.dense_names, parts=parts)
+        cut.cut_from = cut_from
+        return cut
 
     def words_for(self, label: str, parameter: Tensor) -> Tensor:
         """The words of what this rank has of a parameter, whole or a part.

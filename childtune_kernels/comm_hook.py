@@ -174,7 +174,24 @@ class ChildCommHook:
             # The first bucket tells it to all ranks; raised here it would leave the others waiting.
             return
 
-    def _before_step(self, *_: Any) -> None:
+    def _before_step(
+        self, _: Any, arguments: tuple[Any, ...], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        """Look at what was sent right before the update: a closure may change masks, too."""
+        optimizer, *others = arguments
+        closure = others[0] if others else options.get("closure")
+        if closure is None:
+            self._require_sent()
+            return None
+
+        def evaluated() -> Any:
+            loss = closure()
+            self._require_sent()
+            return loss
+
+        return (optimizer,), {**options, "closure": evaluated}
+
+    def _require_sent(self) -> None:
         """Refuse a step that uses elements which were not sent.
 
         Raises:

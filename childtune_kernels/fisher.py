@@ -12,7 +12,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from . import fisher_parts, ops, registry, sharding
+from . import fisher_parts, fully_sharded, ops, registry, sharding
 from .fisher_examples import LossFunction, example_gradients
 from .fisher_recording import Recording
 from .fisher_scope import Patterns, scope_of, shortened
@@ -65,6 +65,8 @@ class FisherAccumulator(FisherSums):
     ) -> None:
         if offload not in (None, "cpu"):
             raise ValueError(f"offload={offload!r} is unknown; use 'cpu' or None")
+        if isinstance(model, torch.nn.Module):
+            fully_sharded.reshard_(model)
         scope = scope_of(model, include, exclude)
         with torch.inference_mode(False):
             sums = {
@@ -153,27 +155,43 @@ class FisherAccumulator(FisherSums):
             ValueError: counts below 1, or None under ``fully_shard``; a scale whose 1/S² is not positive and
                 finite in fp32.
             RuntimeError: a recording is running already; a gradient arrived twice within one backward; a
-                backward raised half-way, after which the sums are of no use (``reset`` clears them).
+                backward raised half-way, after which the sums are of no use (``reset`` clears them);
+                gradients that ``fully_shard`` holds back, which stay out of the record.
         """
         examples = self._examples("examples_per_backward", examples_per_backward)
         scale = _square_scale(grad_scale)
         self._require_idle()
+        self._require_settled()
         self._warn_of_training(4)
 
         def add(label: str, gradient: Tensor) -> None:
             self._add({label: gradient}, scale)
 
         def count(arrived: set[str]) -> None:
+            self._require_settled()
             self._count(examples, arrived)
 
+        records = sum(self._records.values())
         self._recording = Recording(self._members, self._others, add, count)
         try:
             self._recording.start()
             yield self
         finally:
             recording, self._recording = self._recording, None
-            self._broken = recording.stop() or self._broken
+            fault = fully_sharded.fault_of(self._model)
+            fully_sharded.drop_waiting_gradients_(self._model)
+            self._broken = recording.stop() or fault is not None or self._broken
+        if fault is not None:
+            raise RuntimeError(fault)
         self._require_whole()
+        if sum(self._records.values()) == records:
+            warnings.warn(
+                "no backward within recording() reached a parameter of this accumulator. Was the model "
+                "sharded (fully_shard, parallelize_module) or were its parameters replaced after the "
+                "accumulator was made? Make it afterwards",
+                UserWarning,
+                stacklevel=3,
+            )
 
     def accumulate(self, examples: int | None = None, *, grad_scale: float = 1.0) -> None:
         """Add what stands in ``.grad`` as one record; the gradients are only read.
@@ -270,6 +288,10 @@ class FisherAccumulator(FisherSums):
             )
         self._require_whole()
 
+    def _require_settled(self) -> None:
+        if (fault := fully_sharded.fault_of(self._model)) is not None:
+            raise RuntimeError(fault)
+
     def _add(self, gradients: Mapping[str, Tensor], scale: float) -> None:
         """Add squared gradients, in one call for each device."""
         parts = {
@@ -302,7 +324,7 @@ class FisherAccumulator(FisherSums):
             )
 
     def _examples(self, what: str, given: int | None) -> int:
-        if given is None and fisher_parts.averages_over_ranks(self._model):
+        if given is None and fully_sharded.modules_of(self._model):
             raise ValueError(
                 f"{what} must be given for a model under fully_shard, which averages gradients over ranks: "
                 "1 if all ranks run the same example (the paper's Fisher information), else how many "

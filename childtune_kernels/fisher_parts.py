@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
@@ -20,13 +19,6 @@ def zeros_for(parameter: Tensor, device: str | torch.device | None) -> Tensor:
     part = sharding.local_of(parameter)
     zeros = torch.zeros(part.shape, dtype=torch.float32, device=device or part.device)
     return sharding.placed_as(zeros, parameter)
-
-
-def averages_over_ranks(model: torch.nn.Module) -> bool:
-    """Whether a backward of the model averages gradients over ranks before anybody sees them."""
-    # Nobody has called fully_shard whose module was never imported.
-    fsdp = sys.modules.get("torch.distributed.fsdp")
-    return fsdp is not None and any(isinstance(each, fsdp.FSDPModule) for each in model.modules())
 
 
 def for_sums(label: str, value: Tensor, total: Tensor) -> Tensor:

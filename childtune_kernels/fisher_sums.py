@@ -237,7 +237,8 @@ class FisherSums:
             fisher_parts.require_models_of_their_own(self._sums, process_group)
             if self._reduced:
                 raise RuntimeError(
-                    "reduce() twice would count examples twice; call reset() between"
+                    "reduce() twice would count examples twice; call reset() between. To add more examples, "
+                    "save() what is reduced, reset(), record and reduce() those, and merge() the two"
                 )
         shapes = {
             label: (tuple(total.shape), tuple(sharding.local_of(total).shape))

@@ -345,5 +345,6 @@ def _came_twice(label: str) -> str:
         f"the gradient of {label} came a second time before step() or zero_grad(); with release_gradients() "
         "the first has been applied and freed. Call step() after every backward, checkpoint weights that "
         "segments share with use_reentrant=False, or, to accumulate gradients, use "
-        "release_gradients(compact_gradients=True) or no release"
+        "release_gradients(compact_gradients=True) or no release. DistributedDataParallel hands gradients "
+        "over twice: use fully_shard(model, reshard_after_forward=False), or no release"
     )

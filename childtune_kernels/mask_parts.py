@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 
 import torch
@@ -56,8 +57,12 @@ def whole_words(label: str, words: Tensor, placed: Placed) -> Tensor:
         )
     bits = ops.unpack_mask(words, sharding.part_shape(label, placed)).to(torch.uint8)
     whole = sharding.placed_by(bits.to(placed.device_mesh.device_type), placed)
-    gathered: Tensor = whole.full_tensor()  # type: ignore[attr-defined]
-    return ops.pack_mask(gathered.to(words.device, torch.bool))
+    return ops.pack_mask(sharding.whole_of(whole).to(words.device, torch.bool))
+
+
+def digest(words: Tensor) -> str:
+    """By which ranks compare mask words."""
+    return hashlib.sha256(words.contiguous().cpu().numpy().tobytes()).hexdigest()[:12]
 
 
 def words_placed(

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from . import sharding
 from .labels import label_of
 from .weight_bits import same_bits
 
@@ -126,6 +127,12 @@ def _by_label(names: Iterable[str], what: str) -> dict[str, str]:
 def _check(label: str, tensor: Any, what: str) -> None:
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{what}: {label} is a {type(tensor).__name__}; only tensors have weights")
+    if sharding.is_sharded(tensor):
+        raise ValueError(
+            f"{what}: {label} is a DTensor, of which this rank has a part. Give whole weights: a plain model "
+            "with get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, "
+            "cpu_offload=True)), which all ranks call, and mask.gather()"
+        )
     if tensor.layout != torch.strided or tensor.is_quantized:
         raise ValueError(f"{what}: {label} is not a dense tensor; take it out or make it dense")
     if tensor.is_conj() or tensor.is_neg():
@@ -133,7 +140,7 @@ def _check(label: str, tensor: Any, what: str) -> None:
     if tensor.is_meta or (tensor.numel() and tensor.data_ptr() == 0):
         raise ValueError(
             f"{what}: {label}, a {type(tensor).__name__} on {tensor.device}, has no memory of its own; "
-            "materialise it first (DTensor is not supported yet)"
+            "materialise it first"
         )
 
 

@@ -166,9 +166,7 @@ def _place_by_digits(
         if shift + bits == 31:
             refused = found
             if over is not None:
-                replicas = over.of_counted(values, counted=False)
-                found = ops.digit_histogram(replicas, shift, bits, key, backend)[1]
-                refused = over.summed(refused + found)
+                refused = over.summed(refused)
         at, taken, equal = _bin_of(counts, taken, largest)
         key = (key << bits) + at
     return Place(key, taken, equal), refused

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import threading
-import warnings
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence, Set
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import child_layout, parameters, rank_values, sharding
+from . import child_layout, mask_parts, parameters, rank_values, sharding
 from .child_mask import ChildMask
 from .group_options import OPTIONS
 from .labels import Aliases
@@ -29,7 +26,10 @@ _OF_NO_CONSEQUENCE = ("fused", "foreach", "capturable", "child_state")
 # Of what ranks say, this may differ: the first rank that holds a sharded parameter, or nothing.
 _HOLDER = "first holder"
 _MOST_NAMED = 8
-_PATIENCE_S = 60.0
+_MASK = "the child_mask"
+_WHENCE_MASKS = (
+    "made of each rank's own scores? FisherAccumulator.reduce() adds those of all ranks up"
+)
 
 
 class RankAgreement:
@@ -79,9 +79,9 @@ class RankAgreement:
         if self.settled:
             return None
         seed = None
+        self._require_meshes_within(groups)
         if rank_values.is_distributed(self.group):
-            with _said_when_late():
-                seed = self._settle(groups, states)
+            seed = self._settle(groups, states)
         else:
             # Tied weights of one process have one name: the other one is never met.
             labels = {label for label, _ in parameters.by_label(groups)}
@@ -89,6 +89,22 @@ class RankAgreement:
         self.settled = True
         self._masks.clear()
         return seed
+
+    def _require_meshes_within(self, groups: Groups) -> None:
+        """Refuse a group that has some of the ranks which hold a parameter, and not all of them."""
+        ranks: set[int] | None = None
+        for label, parameter in parameters.by_label(groups):
+            if not sharding.is_sharded(parameter):
+                continue
+            if ranks is None:
+                ranks = set(torch.distributed.get_process_group_ranks(self.group))
+            placed: Any = sharding.placed_of(parameter)
+            others = sorted(set(placed.device_mesh.mesh.flatten().tolist()) - ranks)
+            if others:
+                raise ValueError(
+                    f"process_group= has ranks {sorted(ranks)}, and {sharding.described(label, placed)} lies "
+                    f"on rank {others[0]}, too; give a group of all ranks that train together, or none"
+                )
 
     def _settle(self, groups: Groups, states: Mapping[Tensor, Any]) -> int | None:
         aliases = self.aliases
@@ -98,12 +114,11 @@ class RankAgreement:
         digest = hashlib.sha256(repr(told).encode()).digest()
         seed = int(groups[0]["seed"]) % 2**64
         said = bytes([self.seed_given]) + seed.to_bytes(8, "little") + digest
-        heard = [
-            bytes(each.tolist())
-            for each in rank_values.gathered(
+        with rank_values.said_when_late():
+            of_ranks = rank_values.gathered(
                 torch.frombuffer(bytearray(said), dtype=torch.uint8), self.group
             )
-        ]
+        heard = [bytes(each.tolist()) for each in of_ranks]
         seeds = [int.from_bytes(each[1:9], "little") for each in heard]
         differing = [
             f"seed={seeds[rank]} on rank {rank}, {seeds[0]} on rank 0"
@@ -158,7 +173,7 @@ def _statement(
                 "shape": str(tuple(parameter.shape)),
                 "dtype": str(parameter.dtype),
                 "steps": str(int(state.get("step", 0))),
-                "the child_mask": _mask_of(label, parameter, state, masks),
+                _MASK: _mask_of(label, parameter, state, masks),
                 **of_group,
                 _HOLDER: "" if (first := sharding.first_rank_of(parameter)) is None else str(first),
             }
@@ -177,35 +192,50 @@ def _mask_of(
         # The last mask that was given replaced the others; one of parts has been agreed on where it was made.
         known = (mask for mask in reversed(masks) if label in mask.words)
         mask = next(known, None)
-        if mask is None or label in mask.parts:
+        if mask is None:
             return "a part"
+        if label in mask.parts:
+            return mask.cut_from.get(label, "a part")
         words = mask.words[label]
     assert words is not None
-    return hashlib.sha256(words.contiguous().cpu().numpy().tobytes()).hexdigest()[:12]
+    return mask_parts.digest(words)
 
 
 def _differences(statements: Sequence[Statement]) -> list[str]:
     """What ranks say otherwise of a parameter than the first rank that has it, and which lack some."""
-    found = []
+    labels_of: dict[tuple[str, str], list[str]] = {}
     first: dict[str, tuple[int, dict[str, str]]] = {}
     for rank, statement in enumerate(statements):
         for label, said in statement.items():
             holder, others = first.setdefault(label, (rank, said))
-            found += [
-                f"{what} of {label} is {value} on rank {rank} and {others[what]} on rank {holder}"
-                for what, value in said.items()
-                if value != others[what] and what != _HOLDER
-            ]
+            for what, value in said.items():
+                if value != others[what] and what != _HOLDER:
+                    how = _how_it_differs(what, (value, rank), (others[what], holder))
+                    labels_of.setdefault((what, how), []).append(label)
+    found = [f"{what} of {_shortened(labels)} {how}" for (what, how), labels in labels_of.items()]
     # Stages of a pipeline hold others' parameters; a rank that holds some of another's lacks the rest.
     whole = max(range(len(statements)), key=lambda rank: len(statements[rank]))
     for rank, statement in enumerate(statements):
         lacking = statements[whole].keys() - statement.keys()
         if lacking and statement.keys() < statements[whole].keys():
-            named = ", ".join(sorted(lacking)[:3]) + ", …" * (len(lacking) > 3)
             found.append(
-                f"{len(lacking)} parameters of rank {whole} are missing on rank {rank}: {named}"
+                f"{len(lacking)} parameters of rank {whole} are missing on rank {rank}: "
+                f"{_shortened(sorted(lacking))}"
             )
     return found
+
+
+def _how_it_differs(what: str, one: tuple[str, int], other: tuple[str, int]) -> str:
+    (value, rank), (expected, holder) = one, other
+    if what == _MASK:
+        if "none" not in (value, expected):
+            return f"on rank {rank} is another than on rank {holder} ({_WHENCE_MASKS})"
+        value, expected = ("none" if digest == "none" else "given" for digest in (value, expected))
+    return f"is {value} on rank {rank} and {expected} on rank {holder}"
+
+
+def _shortened(labels: Sequence[str]) -> str:
+    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
 
 
 def _first_holders(statements: Sequence[Statement], ranks: Sequence[int]) -> dict[str, int]:
@@ -243,22 +273,3 @@ def _check_aliases(
                     f"aliases={{{name!r}: {label!r}}}: no parameter of any rank is called {missing!r}; give "
                     "the names that the two stages have for the weight"
                 )
-
-
-@contextmanager
-def _said_when_late() -> Iterator[None]:
-    """Say what a rank waits for, where the others do not come."""
-    waiting = threading.Timer(
-        _PATIENCE_S,
-        warnings.warn,
-        (
-            f"the first step of FusedChildAdamW has waited {_PATIENCE_S:.0f} s for other ranks: all ranks of "
-            "process_group= (by default all there are) must take it; give it the ranks that train together",
-        ),
-    )
-    waiting.daemon = True
-    waiting.start()
-    try:
-        yield
-    finally:
-        waiting.cancel()

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import sys
+import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 _PIECE = 1 << 22  # elements
+PATIENCE_S = 60.0
 # Errors that a message alone makes again.
 _PLAIN_ERRORS = {ValueError, TypeError, RuntimeError, KeyError, OSError, FileNotFoundError}
 
@@ -23,6 +27,35 @@ def is_distributed(group: ProcessGroup | None = None) -> bool:
     if not (distributed.is_available() and distributed.is_initialized()):
         return False
     return distributed.get_rank(group) >= 0 and distributed.get_world_size(group) > 1
+
+
+@contextmanager
+def said_when_late() -> Iterator[None]:
+    """Warn, where the block takes longer than ``PATIENCE_S``, that others do not come, and to what."""
+    waiting = threading.Timer(PATIENCE_S, _warn_of_waiting, (threading.get_ident(),))
+    waiting.daemon = True
+    waiting.start()
+    try:
+        yield
+    finally:
+        waiting.cancel()
+
+
+def _warn_of_waiting(thread: int) -> None:
+    package, name = __name__.split(".")[0], "a collective"
+    frame = sys._current_frames().get(thread)
+    while frame is not None:
+        if frame.f_globals.get("__name__", "").split(".")[0] == package:
+            qualified = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)
+            name = f"{qualified.split('<locals>.')[-1]}()"
+        frame = frame.f_back
+    warnings.warn(
+        f"{name} has waited {PATIENCE_S:.0f} s for other ranks: all of them (of process_group=, where one "
+        "was given) must call it. A step also waits where this rank alone has called set_child_mask, "
+        "load_state_dict or add_param_group before it",
+        UserWarning,
+        stacklevel=2,
+    )
 
 
 def gathered(values: Tensor, group: ProcessGroup | None = None) -> list[Tensor]:
@@ -47,7 +80,8 @@ def sum_over_ranks(values: Tensor, group: ProcessGroup | None = None) -> Tensor:
 def gathered_objects(value: Any, group: ProcessGroup | None = None) -> list[Any]:
     """What all ranks of the group hold, in the order of its ranks; it is pickled."""
     received: list[Any] = [None] * torch.distributed.get_world_size(group)
-    torch.distributed.all_gather_object(received, value, group=group)
+    with said_when_late():
+        torch.distributed.all_gather_object(received, value, group=group)
     return received
 
 
@@ -81,7 +115,8 @@ def counts_over_ranks(counts: Tensor, group: ProcessGroup | None = None) -> Tens
     if not is_distributed(group):
         return counts
     total = counts.to(_device_of(group, counts.device), copy=True).contiguous()
-    torch.distributed.all_reduce(total, group=group)
+    with said_when_late():
+        torch.distributed.all_reduce(total, group=group)
     return total.to(counts.device)
 
 
@@ -102,7 +137,8 @@ def add_over_ranks_(values: Tensor, group: ProcessGroup | None = None) -> None:
         first, *others = received.view(world, -1)
         for other in others:
             first = first + other
-        torch.distributed.all_gather_into_tensor(sent, first.contiguous(), group=group)
+        slices = list(sent.view(world, -1))
+        torch.distributed.all_gather(slices, first.contiguous(), group=group)
         piece.copy_(sent[: piece.numel()])
 
 

@@ -56,11 +56,11 @@ class ScoreParts(NamedTuple):
         pairs = zip(self.labels, self.placed, strict=True)
         return {label: placed for label, placed in pairs if placed is not None}
 
-    def of_counted(self, values: Sequence[Tensor], counted: bool = True) -> list[Tensor]:
-        """The values, with none left of the tensors that this rank does not count (or does)."""
+    def of_counted(self, values: Sequence[Tensor]) -> list[Tensor]:
+        """The values, with none left of the tensors that this rank does not count."""
         return [
-            value if is_counted == counted else value.view(-1)[:0]
-            for value, is_counted in zip(values, self.counted, strict=True)
+            value if counted else value.view(-1)[:0]
+            for value, counted in zip(values, self.counted, strict=True)
         ]
 
     def summed(self, counts: Tensor) -> Tensor:
@@ -135,23 +135,28 @@ def _bits_before(words: Tensor, before: Tensor, places: Tensor) -> Tensor:
 
 
 def parts_of(
-    placed: Mapping[str, Placed | None], shapes: Mapping[str, torch.Size], asked: object
+    placed: Mapping[str, Placed | None],
+    shapes: Mapping[str, torch.Size],
+    asked: Mapping[str, object],
+    scores: Mapping[str, Tensor] | None = None,
 ) -> ScoreParts:
     """What all ranks of the default group have together; a collective of them all.
 
     Args:
         placed: label → how it is spread, None of a plain tensor.
         shapes: label → shape of the whole.
-        asked: what else must be the same on all ranks, options for example.
+        asked: option → value; they must be the same on all ranks.
+        scores: this rank's, fp32; ranks that hold the same part must have the same.
 
     Raises:
         ValueError: on all ranks: other labels, shapes, placements or options on some rank than on rank 0,
-            or parts that are not the whole parameter together.
+            parts that are not the whole parameter together, or replicas of other scores.
     """
-    mine = _Described.of(placed, shapes, repr(asked))
+    mine = _Described.of(placed, shapes, asked, scores or {})
     ranks: list[_Described] = rank_values.gathered_objects(mine)
     for rank, other in enumerate(ranks):
         ranks[0].refuse_other(other, rank)
+    _refuse_other_replicas(ranks)
     rank = torch.distributed.get_rank()
     counted = tuple(_counts(ranks, label)[rank] for label in ranks[0].labels)
     for label in ranks[0].labels:
@@ -185,14 +190,20 @@ class _Described(NamedTuple):
     mesh: dict[str, int]
     numels: dict[str, int]
     first: dict[str, bool]
-    asked: str
+    bits: dict[str, tuple[Any, int]]  # which elements a part has, and the sum of its scores' bits
+    asked: dict[str, str]
 
     @classmethod
     def of(
-        cls, placed: Mapping[str, Placed | None], shapes: Mapping[str, torch.Size], asked: str
+        cls,
+        placed: Mapping[str, Placed | None],
+        shapes: Mapping[str, torch.Size],
+        asked: Mapping[str, object],
+        scores: Mapping[str, Tensor],
     ) -> _Described:
         meshes: list[tuple[int, ...]] = []
         mesh, numels, first = {}, {}, {}
+        sums = _sums_of_bits(scores)
         for label, of_label in placed.items():
             numels[label], first[label] = shapes[label].numel(), True
             if of_label is not None:
@@ -210,7 +221,8 @@ class _Described(NamedTuple):
             mesh,
             numels,
             first,
-            asked,
+            {label: (_elements(label, placed[label]), sums[label]) for label in sums},
+            {option: repr(value) for option, value in asked.items()},
         )
 
     def refuse_other(self, other: _Described, rank: int) -> None:
@@ -229,11 +241,37 @@ class _Described(NamedTuple):
                         f"{label}: {what} {of_first[label]} on rank 0 and {of_other[label]} on rank {rank}; "
                         "give every rank its part of the same parameter"
                     )
-        if self.asked != other.asked:
-            raise ValueError(
-                f"rank 0 was asked for {self.asked} and rank {rank} for {other.asked}; give every rank the "
-                "same options"
-            )
+        for option, value in self.asked.items():
+            if value != other.asked[option]:
+                raise ValueError(
+                    f"{option}={value} on rank 0 and {other.asked[option]} on rank {rank}; give every rank "
+                    "the same options"
+                )
+
+
+def _sums_of_bits(scores: Mapping[str, Tensor]) -> dict[str, int]:
+    """A number for every tensor, of one read of it, that other scores hardly have too."""
+    if not scores:
+        return {}
+    each = [value.view(torch.int32).sum(dtype=torch.int64) for value in scores.values()]
+    return dict(zip(scores, torch.stack(each).tolist(), strict=True))
+
+
+def _elements(label: str, placed: Placed | None) -> Any:
+    return None if placed is None else tuple(sharding.element_map_of_part(label, placed))
+
+
+def _refuse_other_replicas(ranks: Sequence[_Described]) -> None:
+    first: dict[tuple[str, Any], tuple[int, int]] = {}
+    for rank, described in enumerate(ranks):
+        for label, (elements, bits) in described.bits.items():
+            holder, expected = first.setdefault((label, elements), (rank, bits))
+            if bits != expected:
+                raise ValueError(
+                    f"{label}: rank {holder} and rank {rank} hold the same elements and have other scores "
+                    "for them. Bring them together first: FisherAccumulator.reduce() adds up what ranks "
+                    "have recorded, with a process_group of the replicas where the model is sharded"
+                )
 
 
 def _text(placed: Placed | None) -> str:

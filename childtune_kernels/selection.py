@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -77,7 +77,7 @@ def select_child(
             options out of range (SPEC.md, "Errors"). Where DTensors are among them on all ranks: also other
             names or options on some rank, and runs that a border between parts cuts.
     """
-    asked = (reserve_p, k, scope, granularity, rule, largest)
+    asked = _Asked(reserve_p, k, scope, granularity, rule, largest)
     scores, shapes, parts = _scores_and_parts(fisher, asked)
     size = _Size(reserve_p, k)
     if rule == "percentile" and reserve_p is not None:
@@ -90,7 +90,7 @@ def select_child(
 
 
 def _scores_and_parts(
-    fisher: Mapping[str, Tensor], asked: tuple[Any, ...]
+    fisher: Mapping[str, Tensor], asked: _Asked
 ) -> tuple[dict[str, Tensor], dict[str, torch.Size], ScoreParts | None]:
     """Checked scores of this rank in the order of record, their whole shapes, and how ranks share them."""
     sharded = any(
@@ -110,14 +110,14 @@ def _scores_and_parts(
             raise ValueError(
                 f"the Fisher information lies on several devices; move it to one ({where})"
             )
-        if asked[3] > 1:
+        if asked.granularity > 1:
             for label, of_label in placed.items():
                 if of_label is not None:
-                    part_order.check_runs(label, of_label, asked[3])
+                    part_order.check_runs(label, of_label, asked.granularity)
     shapes = {label: value.shape for label, value in named.items()}
     if not sharded:
         return scores, shapes, None
-    parts = parts_of(placed, shapes, asked)
+    parts = parts_of(placed, shapes, asked._asdict(), scores)
     return (
         {label: scores[label] for label in parts.labels},
         {label: shapes[label] for label in parts.labels},
@@ -161,7 +161,8 @@ def random_child(
             sizes[label] = torch.Size(shape.shape if isinstance(shape, Tensor) else shape)
             placed[label] = sharding.placed_of(shape) if isinstance(shape, Tensor) else None
         draws = {label: _draw(seed, label, sizes[label], placed[label]) for label in sizes}
-    parts = parts_of(placed, sizes, (reserve_p, seed)) if sharded else None
+    asked = {"reserve_p": reserve_p, "seed": seed}
+    parts = parts_of(placed, sizes, asked) if sharded else None
     if parts is not None:
         draws = {label: draws[label] for label in parts.labels}
     k = child_size(reserve_p, sum(size.numel() for size in sizes.values()))
@@ -185,6 +186,17 @@ def _draw(seed: int, label: str, size: torch.Size, placed: Placed | None) -> Dra
 def child_size(reserve_p: float, numel: int) -> int:
     """The number of child elements among ``numel`` (SPEC.md, eq. 14)."""
     return min(numel, max(1, math.floor(Fraction(float(reserve_p)) * numel + Fraction(1, 2))))
+
+
+class _Asked(NamedTuple):
+    """The options of a selection."""
+
+    reserve_p: float | None
+    k: int | None
+    scope: str
+    granularity: int
+    rule: str
+    largest: bool
 
 
 class _Size(NamedTuple):

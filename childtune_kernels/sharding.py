@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from . import ops
+from . import ops, rank_values
 from .plan_row import IndexMap, contiguous_map, strided_map
 
 # Counts and strides of positions along one dimension, outermost first.
@@ -317,8 +317,9 @@ def whole_of(tensor: Tensor) -> Tensor:
     like: Any = tensor
     # Not every process group moves int16; bits are bits.
     moved = like.view(torch.bfloat16) if tensor.dtype == torch.int16 else like
-    whole: Tensor = moved.full_tensor().view(tensor.dtype)
-    return whole.contiguous()
+    with rank_values.said_when_late():
+        whole: Tensor = moved.full_tensor().view(tensor.dtype)
+        return whole.contiguous()
 
 
 def on_any_rank(fact: bool, tensor: Tensor) -> bool:
@@ -336,6 +337,8 @@ def part_of(label: str, value: Tensor, tensor: Tensor) -> Tensor:
     if not is_sharded(tensor):
         return value
     like: Any = tensor
+    if is_sharded(value) and value.device_mesh != like.device_mesh:  # type: ignore[attr-defined]
+        value = whole_of(value)  # nothing redistributes from mesh to mesh
     if is_sharded(value):
         return local_of(value.redistribute(like.device_mesh, like.placements))  # type: ignore[attr-defined]
     return _cut(value, positions_of(label, tensor))

@@ -124,7 +124,7 @@ def without_scale_after_error(step: Callable[..., Any]) -> Callable[..., Any]:
     """
 
     @functools.wraps(step)
-    def guarded(optimizer: Any, *arguments: Any, **keywords: Any) -> Any:
+    def guarded_step(optimizer: Any, *arguments: Any, **keywords: Any) -> Any:
         try:
             return step(optimizer, *arguments, **keywords)
         except BaseException:
@@ -132,4 +132,4 @@ def without_scale_after_error(step: Callable[..., Any]) -> Callable[..., Any]:
                 vars(optimizer).pop(name, None)
             raise
 
-    return guarded
+    return guarded_step

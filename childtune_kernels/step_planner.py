@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import warnings
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +40,7 @@ class StepPlanner:
         self._seen: tuple[Any, Any] = _NOTHING_SEEN
         self._shared: Any = None  # what was seen of options when groups were last found to agree
         self._factor: StepFactor | None = None  # of the last step
+        self._is_first = True
 
     def forget(self, groups: Groups) -> None:
         """Plan anew at the next step: groups or state have been replaced, and go together now."""
@@ -84,6 +86,9 @@ class StepPlanner:
             with sharding.gradients_of_parts(self._sharded):
                 for plan in plans:
                     plan.refresh(self._seen[1])
+                if self._is_first:
+                    self._is_first = False
+                    _warn_without_gradient(plans)
                 self.captures.check_unmoved(plans)
                 if self._seen[1] != self._shared:
                     check_shared(groups)
@@ -221,3 +226,17 @@ def row_of(
     )
     check_row(row)
     return row
+
+
+def _warn_without_gradient(plans: Sequence[StepPlan]) -> None:
+    """Say of a first step that it changes nothing, which is seldom meant."""
+    rows = [row for plan in plans for row in plan.rows]
+    # Released gradients are gone, and their rows have stepped.
+    if rows and all(row.parameter.grad is None and not int(row.step) for row in rows):
+        warnings.warn(
+            f"the first step finds no gradient at any of {len(rows)} parameters, and changes nothing. Was "
+            "the model sharded (fully_shard, parallelize_module) or were its parameters replaced after the "
+            "optimizer was made? Then make the optimizer afterwards; else call backward() first",
+            UserWarning,
+            stacklevel=2,
+        )

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import child_layout
+from . import child_layout, sharding
 
 _HEADER = ("parameter", "shape", "p", "child", "decay", "backend", "state bytes")
 
@@ -18,17 +18,22 @@ def summary_table(
     states: Mapping[Tensor, Mapping[str, Tensor]],
     backends: Mapping[torch.device, str],
 ) -> str:
-    """A row a parameter: label, shape, p, child density, decay, backend, state bytes; then a total."""
+    """A row a parameter: label, shape, p, child density, decay, backend, state bytes; then a total.
+
+    Of DTensors density, bytes and total are those of this rank's parts.
+    """
     rows = [_HEADER]
+    sharded = False
     total_bytes = total_elements = total_child = 0
     for group in groups:
         for label, parameter in zip(group["param_names"], group["params"], strict=True):
             state = states[parameter]
             size = sum(t.numel() * t.element_size() for t in state.values())
-            child, density = parameter.numel(), "dense"
+            numel = sharding.local_of(parameter).numel()
+            child, density = numel, "dense"
             if child_layout.has_child(state):
                 child = child_layout.child_count(state)
-                density = f"{child / max(1, parameter.numel()):.4f}"
+                density = f"{child / max(1, numel):.4f}"
             rows.append(
                 (
                     label,
@@ -41,10 +46,12 @@ def summary_table(
                 )
             )
             total_bytes += size
-            total_elements += parameter.numel()
+            total_elements += numel
             total_child += child
+            sharded |= sharding.is_sharded(parameter)
     share = f"{total_child / max(1, total_elements):.4f}"
-    rows.append(("total", f"{total_elements:,}", "", share, "", "", f"{total_bytes:,}"))
+    total = "this rank's" if sharded else "total"
+    rows.append((total, f"{total_elements:,}", "", share, "", "", f"{total_bytes:,}"))
     widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADER))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
              for row in rows]  # fmt: skip

@@ -193,6 +193,8 @@ def errors_of_one_rank() -> dict[str, str]:
     shapes = placed()
     if is_last:
         shapes["whole"] = scores["square"]
+    negative = placed()
+    negative["whole"] = negative["whole"].index_fill(1, torch.tensor([2]), -1.0)
     unsummed = placed()
     as_partial = sharding.Placed(scores["bias"].shape, mesh, (Partial(),))
     unsummed["bias"] = sharding.placed_by(scores["bias"], as_partial)
@@ -203,7 +205,7 @@ def errors_of_one_rank() -> dict[str, str]:
         )
     return {
         "NaN": message_of(placed("matrix", "matrix", 1, float("nan")), reserve_p=0.3),
-        "negative": message_of(placed("matrix", "whole", 2, -1.0), reserve_p=0.3, granularity=32),
+        "negative": message_of(negative, reserve_p=0.3, granularity=32),
         "replica": message_of(placed("matrix", "whole", 4, -2.0), reserve_p=0.3),
         "name": message_of(placed("another" if is_last else "matrix"), reserve_p=0.3),
         "shape": message_of(shapes, reserve_p=0.3),
@@ -220,20 +222,43 @@ def test_an_error_of_one_rank_is_raised_on_all(ranks: Ranks) -> None:
     assert all(other == first for other in others)
     # 13 rows on three ranks: 5, 5 and 3.
     assert "matrix: nan at element 961" in first["NaN"]
-    assert "whole: -1.0 at element 2" in first["negative"]
     # That rank's copy is not counted, but it would get another child.
-    assert "whole: -2.0 at element 4" in first["replica"]
+    assert "whole: rank 0 and rank 2 hold the same elements" in first["replica"]
+    assert "whole: -1.0 at element 2" in first["negative"]
     assert "another, matrix" in first["name"]
     assert "whole: shapes (3, 5) on rank 0 and (8, 24) on rank 2" in first["shape"]
     assert "(S(0)) on rank 0 and (R) on rank 2" in first["placements"].replace(
         "Shard(dim=0)", "S(0)"
     )
-    assert "0.3" in first["options"]
-    assert "0.4" in first["options"]
+    assert "reserve_p=0.3 on rank 0 and 0.4 on rank 2" in first["options"]
     assert "reserve_p=2.0" in first["share"]
     assert "bias" in first["unsummed"]
     assert "unsummed" in first["unsummed"]
     assert "1..1263" in first["number"]
+
+
+def replicas_of_other_scores() -> dict[str, str]:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replica", "part"))
+    scores = torch.full((4, 3), 1.0 + mesh.get_local_rank("replica"))
+    apart = distribute_tensor(scores, mesh["part"], [Shard(0)], src_data_rank=None)
+    placed = sharding.Placed(torch.Size([4, 3]), mesh, (Replicate(), Shard(0)))
+    together = sharding.placed_by(sharding.local_of(apart), placed)
+    same = distribute_tensor(torch.ones(4, 3), mesh["part"], [Shard(0)], src_data_rank=None)
+    whole = torch.full((3,), 1.0 + torch.distributed.get_rank())
+    assert select_child({"w": same}, k=5).count() == 5
+    return {
+        "meshes apart": message_of({"w": apart}, k=5),
+        "one mesh": message_of({"w": together}, k=5),
+        "whole": message_of({"w": same, "bias": whole}, k=5),
+    }
+
+
+def test_replicas_of_other_scores_are_refused(ranks: Ranks) -> None:
+    for said in ranks.run(4, replicas_of_other_scores):
+        assert "w: rank 0 and rank 2 hold the same elements" in said["meshes apart"]
+        assert "w: rank 0 and rank 2 hold the same elements" in said["one mesh"]
+        assert "bias: rank 0 and rank 1 hold the same elements" in said["whole"]
+        assert "FisherAccumulator.reduce()" in said["whole"]
 
 
 def on_turned_meshes() -> str:

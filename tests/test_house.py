@@ -34,6 +34,7 @@ FLOORS: list[set[str]] = [
         "child_mask",
         "fisher_files",
         "fisher_parts",
+        "fully_sharded",
         "fisher_scope",
         "radix_select",
         "smallest_words",

@@ -267,6 +267,147 @@ def test_replicas_of_parts_are_added_up(ranks: Ranks) -> None:
             torch.testing.assert_close(total, both_replicas, rtol=1e-5, atol=1e-6)
 
 
+def after_a_forward() -> None:
+    """fully_shard leaves the root's parameters whole after a forward without backward."""
+    model = fsdp()
+    with torch.no_grad():
+        model(tokens_of(0))
+    assert not all(map(sharding.is_sharded, model.parameters()))
+    fisher = FisherAccumulator(model, exclude="idle*")
+    assert all(map(sharding.is_sharded, fisher.sums.values()))
+    record(fisher, model, examples_per_backward=1)
+    assert fisher.records == EXAMPLES
+
+
+def test_a_forward_before_changes_nothing(ranks: Ranks) -> None:
+    ranks.run(2, after_a_forward)
+
+
+def loss_of(model: nn.Module, number: int) -> Tensor:
+    loss: Tensor = model(tokens_of(number, torch.distributed.get_rank())).square().sum()
+    return loss
+
+
+def micro_batches(model: nn.Module) -> None:
+    """One that is averaged over the ranks, and one that is not."""
+    loss_of(model, 2).backward()
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    loss_of(model, 3).backward()
+
+
+def held_back() -> None:
+    """Gradients that wait for a later backward stay out of records, and those of a recording in none."""
+    model, other = fsdp(), fsdp()
+    fisher = FisherAccumulator(model, exclude="idle*")
+    model.set_requires_gradient_sync(False)  # type: ignore[operator]
+    loss_of(model, 0).backward()
+    with pytest.raises(RuntimeError, match="are waiting"), fisher.recording(1):
+        pytest.fail("a micro-batch of the training would be squared")
+    assert fisher.records == 0
+    model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    loss_of(model, 1).backward()
+    model.zero_grad()
+
+    with pytest.raises(RuntimeError, match="are waiting"), fisher.recording(1):
+        micro_batches(model)
+    with pytest.raises(RuntimeError, match="stopped half-way"):
+        _ = fisher.sums
+    model.set_requires_gradient_sync(True)  # type: ignore[operator]
+    for each in (model, other):
+        loss_of(each, 4).backward()
+    gradients = [
+        {
+            name: sharding.local_of(parameter.grad)
+            for name, parameter in each.named_parameters()
+            if parameter.grad is not None
+        }
+        for each in (model, other)
+    ]
+    assert_same_bits(*gradients)
+    fisher.reset()
+    model.zero_grad()
+    record(fisher, model, examples_per_backward=1)
+    assert fisher.records == EXAMPLES
+
+
+def held_back_in_part() -> None:
+    """The plain head's gradient arrives; that of the sharded module waits."""
+    torch.manual_seed(0)
+    model = Surrounded()
+    fully_shard(model.inner, mesh=init_device_mesh("cpu", (world_size(),)))
+    fisher = FisherAccumulator(model, exclude="*idle*")
+    model.inner.set_requires_gradient_sync(False)  # type: ignore[operator]
+    with pytest.raises(RuntimeError, match="are waiting"):
+        record(fisher, model, examples_per_backward=1)
+
+
+def test_gradients_that_wait_are_in_no_record(ranks: Ranks) -> None:
+    ranks.run(2, held_back)
+    ranks.run(2, held_back_in_part)
+
+
+class Raising(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, values: Tensor) -> Tensor:
+        return values.clone()
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        raise ZeroDivisionError("half-way")
+
+
+def one_raises(model: nn.Module) -> None:
+    loss_of(model, 0).backward()
+    handle = model.down.register_forward_pre_hook(  # type: ignore[union-attr]
+        lambda _, arguments: (Raising.apply(arguments[0]),)
+    )
+    with pytest.raises(ZeroDivisionError):
+        loss_of(model, 1).backward()
+    handle.remove()
+
+
+def left_half_way() -> None:
+    model = fsdp()
+    fisher = FisherAccumulator(model, exclude="idle*")
+    with pytest.raises(RuntimeError, match="make the model anew"), fisher.recording(1):
+        one_raises(model)
+    fisher.reset()
+    with pytest.raises(RuntimeError, match="make the model anew"), fisher.recording(1):
+        pytest.fail("fully_shard gives no whole gradients any more")
+
+
+def test_a_model_whose_backward_raised_is_refused(ranks: Ranks) -> None:
+    ranks.run(2, left_half_way)
+
+
+def made_before() -> None:
+    model = Model()
+    fisher = FisherAccumulator(model)
+    fully_shard(model, mesh=init_device_mesh("cpu", (world_size(),)))
+    with pytest.warns(UserWarning, match="reached a parameter.*Make it afterwards"):
+        record(fisher, model, examples_per_backward=1)
+
+
+def test_an_accumulator_made_too_early_says_so(ranks: Ranks) -> None:
+    ranks.run(2, made_before)
+
+
+def merged_over_meshes() -> None:
+    fishers = []
+    for make in (two_layers_sharded, both):
+        model = make()
+        fishers.append(FisherAccumulator(model, exclude="idle*"))
+        record(fishers[-1], model, examples_per_backward=1)
+    one, other = (whole(fisher.sums) for fisher in fishers)
+    expected = {label: one[label] + other[label] for label in one}
+    fishers[0].merge(fishers[1])
+    assert_same_bits(whole(fishers[0].sums), expected)
+
+
+def test_sums_on_other_meshes_are_merged(ranks: Ranks) -> None:
+    ranks.run(4, merged_over_meshes)
+
+
 def single_examples() -> None:
     fisher = FisherAccumulator(fsdp())
     with pytest.raises(

@@ -23,7 +23,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from childtune_kernels import FusedChildAdamW
+from childtune_kernels import FusedChildAdamW, ops, random_child, sharding
 
 from .cases import assert_same_bits
 from .ranks import Ranks
@@ -233,3 +233,36 @@ def overflowing(skip_nonfinite: bool) -> tuple[bool, bool]:
 @pytest.mark.parametrize("skip_nonfinite", [False, True], ids=["scaler", "skip_nonfinite"])
 def test_a_step_is_skipped_on_all_ranks_or_on_none(ranks: Ranks, skip_nonfinite: bool) -> None:
     assert ranks.run(2, overflowing, skip_nonfinite) == [(True, True)] * 2
+
+
+def made_too_early() -> None:
+    """fully_shard puts other parameters into the model than the optimizer has."""
+    model = Model()
+    optimizer = FusedChildAdamW(model.named_parameters(), **OPTIONS)
+    fully_shard(model, mesh=init_device_mesh("cpu", (torch.distributed.get_world_size(),)))
+    model(tokens_of(0)).square().sum().backward()
+    with pytest.warns(UserWarning, match="no gradient at any of 8 parameters.*fully_shard"):
+        optimizer.step()
+
+
+def test_an_optimizer_made_before_the_model_is_sharded_says_so(ranks: Ranks) -> None:
+    ranks.run(2, made_too_early)
+
+
+def summary_of_parts() -> str:
+    """Densities, bytes and totals are those of what this rank holds."""
+    model = fsdp()
+    named = list(model.named_parameters())
+    mask = random_child(dict(named), 0.25, seed=1)
+    optimizer = FusedChildAdamW(named, child_mask=mask)
+    rows = {line.split("  ")[0]: line.split() for line in optimizer.summary().splitlines()}
+    held = sum(sharding.local_of(weight).numel() for _, weight in named)
+    kept = sum(ops.count_mask(words) for words in mask.words.values())
+    assert rows["this rank's"][2:4] == [f"{held:,}", f"{kept / held:.4f}"]
+    part = ops.count_mask(mask.words["up.weight"]) / sharding.local_of(model.up.weight).numel()  # type: ignore[union-attr, arg-type]
+    assert rows["up.weight"][1:4] == ["12x10", "1", f"{part:.4f}"]
+    return optimizer.summary()
+
+
+def test_a_summary_of_parts_is_this_ranks(ranks: Ranks) -> None:
+    ranks.run(3, summary_of_parts)

@@ -32,7 +32,8 @@ def check_parameter(label: str, parameter: Tensor) -> None:
     if parameter.numel() and parameter.data_ptr() == 0:
         raise ValueError(
             f"parameter {label}: a {type(parameter).__name__} on {parameter.device} has no memory of "
-            "its own; materialise it first"
+            "its own; materialise it first. After a forward without backward fully_shard leaves such a one: "
+            "call model.reshard()"
         )
 
 
