@@ -3,8 +3,9 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-# tests/conftest.py says which tests stay together.
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadgroup
+# A file's tests stay together: some share what takes minutes to make. (Groups of pytest-xdist 3.8, which
+# would keep all tests of ranks in one worker, have no effect under pytest 9.2.)
+PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capability/*)
 
 .PHONY: help install finetune finetune-short low-precision test test-slow bench gpu check format info clean

@@ -83,16 +83,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         (chosen if has_column or not needs_column else others).append(item)
     config.hook.pytest_deselected(items=others)
     items[:] = chosen
-    if config.pluginmanager.hasplugin("xdist"):
-        for item in items:
-            item.add_marker(pytest.mark.xdist_group(_group_of(item)))
-
-
-def _group_of(item: pytest.Item) -> str:
-    """What runs in one process: a file's tests, some of which share what takes long, and all of ranks."""
-    fixtures: list[str] = getattr(item, "fixturenames", [])
-    # Four processes serve them, and two workers' eight would be in each other's way.
-    return "ranks" if "ranks" in fixtures else item.path.name
 
 
 def ops_of(module: Any) -> tuple[str, ...]:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.placement_types import _StridedShard
 
 from childtune_kernels import ChildMask, FusedChildAdamW, sharding
 from childtune_kernels.plan_row import contiguous_map
@@ -265,11 +266,14 @@ def refused(what: str) -> str:
     placements = {
         "unsummed": [Replicate(), Partial()],
         "local": [Replicate(), Shard(0)],
+        # Of pieces of 4, 4, 4, 4 and 2 each rank has half: the last step is another one.
+        "irregular": [Replicate(), _StridedShard(0, split_factor=5)],
     }[what]
-    size = torch.distributed.get_rank() % 2 * 4 + 2 if what == "local" else 8
+    size = {"unsummed": 8, "local": torch.distributed.get_rank() % 2 * 4 + 2, "irregular": 9}[what]
     values: Tensor = DTensor.from_local(
-        torch.ones(size), mesh, placements, run_check=False, shape=torch.Size([8]), stride=(1,)
-    )
+        torch.ones(size), mesh, placements, run_check=False,
+        shape=torch.Size([18 if what == "irregular" else 8]), stride=(1,),
+    )  # fmt: skip
     try:
         FusedChildAdamW([("layer.bias", torch.nn.Parameter(values))])
     except ValueError as error:
@@ -277,9 +281,10 @@ def refused(what: str) -> str:
     return ""
 
 
-@pytest.mark.parametrize("what", ["unsummed", "local"])
+@pytest.mark.parametrize("what", ["unsummed", "local", "irregular"])
 def test_what_no_element_map_expresses_is_refused(ranks: Ranks, what: str) -> None:
     for message in ranks.run(4, refused, what):
         assert "layer.bias" in message
         assert "2×2" in message
         assert "placements" in message
+        assert what != "irregular" or "follow no regular steps" in message
