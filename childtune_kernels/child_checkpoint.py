@@ -14,7 +14,8 @@ from . import ops, weight_bits
 from .child_file import ChildCheckpoint, load_child
 from .child_mask import ChildMask
 from .group_options import WROTE_OUTSIDE
-from .named_weights import NamedWeights, counterparts, named_weights, shortened
+from .labels import shortened
+from .named_weights import NamedWeights, counterparts, named_weights
 from .progress import progress_of_amount
 
 __all__ = ["ChildCheckpoint", "apply_child", "child_diff", "load_child", "save_child"]

@@ -15,8 +15,9 @@ from torch import Tensor
 from . import fisher_parts, fully_sharded, ops, registry, sharding
 from .fisher_examples import LossFunction, example_gradients
 from .fisher_recording import Recording
-from .fisher_scope import Patterns, scope_of, shortened
+from .fisher_scope import Patterns, scope_of
 from .fisher_sums import FisherSums, checked_count
+from .labels import shortened
 
 
 class FisherAccumulator(FisherSums):
@@ -161,14 +162,15 @@ class FisherAccumulator(FisherSums):
         examples = self._examples("examples_per_backward", examples_per_backward)
         scale = _square_scale(grad_scale)
         self._require_idle()
-        self._require_settled()
+        sharded = fully_sharded.modules_of(self._model)
+        fully_sharded.require_settled(sharded)
         self._warn_of_training(4)
 
         def add(label: str, gradient: Tensor) -> None:
             self._add({label: gradient}, scale)
 
         def count(arrived: set[str]) -> None:
-            self._require_settled()
+            fully_sharded.require_settled(sharded)
             self._count(examples, arrived)
 
         records = sum(self._records.values())
@@ -178,8 +180,8 @@ class FisherAccumulator(FisherSums):
             yield self
         finally:
             recording, self._recording = self._recording, None
-            fault = fully_sharded.fault_of(self._model)
-            fully_sharded.drop_waiting_gradients_(self._model)
+            fault = fully_sharded.fault_of(sharded)
+            fully_sharded.drop_waiting_gradients_(sharded)
             self._broken = recording.stop() or fault is not None or self._broken
         if fault is not None:
             raise RuntimeError(fault)
@@ -288,10 +290,6 @@ class FisherAccumulator(FisherSums):
             )
         self._require_whole()
 
-    def _require_settled(self) -> None:
-        if (fault := fully_sharded.fault_of(self._model)) is not None:
-            raise RuntimeError(fault)
-
     def _add(self, gradients: Mapping[str, Tensor], scale: float) -> None:
         """Add squared gradients, in one call for each device."""
         parts = {
@@ -333,7 +331,7 @@ class FisherAccumulator(FisherSums):
         return checked_count(what, 1 if given is None else given)
 
     def _count(self, examples: int, arrived: Collection[str]) -> None:
-        self._records[examples] = self._records.get(examples, 0) + 1
+        self._add_records({examples: 1})
         self._seen.update(arrived)
 
     def _warn_of_training(self, stacklevel: int) -> None:

@@ -12,9 +12,7 @@ import torch
 from torch import Tensor
 
 from . import ops, sharding
-from .labels import label_of
-
-_SHOWN = 6
+from .labels import label_of, shortened
 
 Patterns = str | Iterable[str] | None
 
@@ -90,12 +88,6 @@ def near_labels(wanted: str, labels: Sequence[str]) -> list[str]:
     words = [word for word in re.split(r"[*?.\[\]!]+", wanted) if word]
     close = {near for word in words for near in difflib.get_close_matches(word, sorted(parts))}
     return [label for label in labels if close & set(label.split("."))] or list(labels)
-
-
-def shortened(labels: Sequence[str]) -> str:
-    """A few of the labels as text, and how many more there are."""
-    more = len(labels) - _SHOWN
-    return ", ".join(labels[:_SHOWN]) + (f" and {more} more" if more > 0 else "")
 
 
 def _aliases(model: torch.nn.Module) -> list[tuple[Tensor, list[str]]]:

@@ -14,8 +14,8 @@ from torch import Tensor
 from . import fisher_parts, ops, rank_values, sharding
 from .child_mask import ChildMask
 from .fisher_files import StoredFisher, read_fisher, save_fisher
-from .fisher_scope import near_labels, shortened
-from .labels import label_of
+from .fisher_scope import near_labels
+from .labels import label_of, shortened
 from .mask_scope import by_label
 from .selection import select_child
 
@@ -209,8 +209,7 @@ class FisherSums:
         for label, total in self._sums.items():
             own = sharding.local_of(total)
             own.add_(fisher_parts.for_sums(label, other._sums[label], total).to(own.device))
-        for size, count in dict(other._records).items():
-            self._records[size] = self._records.get(size, 0) + count
+        self._add_records(dict(other._records))
         self._seen |= arrived
 
     def reduce(self, process_group: ProcessGroup | None = None) -> None:
@@ -261,8 +260,7 @@ class FisherSums:
             rank_values.add_over_ranks_(sharding.local_of(total), process_group)
         self._records = {}
         for _, _, records, _, _ in of_ranks:
-            for size, count in records.items():
-                self._records[size] = self._records.get(size, 0) + count
+            self._add_records(records)
         self._seen = {label for each in of_ranks for label in each[3]}
         self._functional = any(each[4] for each in of_ranks)
         self._reduced = True
@@ -314,6 +312,10 @@ class FisherSums:
             f"{type(self).__name__}({len(self._sums)} parameters, {len(self._dense)} dense; "
             f"{sum(self._records.values()):,} records{state})"
         )
+
+    def _add_records(self, records_by_size: Mapping[int, int]) -> None:
+        for size, count in records_by_size.items():
+            self._records[size] = self._records.get(size, 0) + count
 
     def _require_whole(self) -> None:
         if self._broken:

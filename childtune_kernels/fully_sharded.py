@@ -6,7 +6,7 @@ Where torch has no public name for it, it is read from the engine's own state.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -25,9 +25,12 @@ def reshard_(model: torch.nn.Module) -> None:
         module.reshard()
 
 
-def fault_of(model: torch.nn.Module) -> str | None:
-    """Why gradients that come next would not be those of the next backward alone; None where they are."""
-    for module in modules_of(model):
+def fault_of(modules: Sequence[Any]) -> str | None:
+    """Why gradients that come next would not be those of the next backward alone; None where they are.
+
+    ``modules``: of a model, as ``modules_of`` finds them.
+    """
+    for module in modules:
         context = getattr(module._get_fsdp_state(), "_state_ctx", None)
         # Set while a backward runs, and taken back at its end, which one that raises never reaches.
         if getattr(context, "post_backward_final_callback_queued", False):
@@ -35,7 +38,7 @@ def fault_of(model: torch.nn.Module) -> str | None:
                 "a backward of this model has raised, and fully_shard brings no whole set of gradients after "
                 "that; make the model anew"
             )
-    if next(_waiting(model), None) is not None:
+    if next(_waiting(modules), None) is not None:
         return (
             "gradients of a backward under set_requires_gradient_sync(False) are waiting in this model and "
             "would be taken for part of the next ones; switch it on for what is recorded, and finish or drop "
@@ -44,15 +47,21 @@ def fault_of(model: torch.nn.Module) -> str | None:
     return None
 
 
-def drop_waiting_gradients_(model: torch.nn.Module) -> None:
+def require_settled(modules: Sequence[Any]) -> None:
+    """Raise RuntimeError with what ``fault_of`` says."""
+    if (fault := fault_of(modules)) is not None:
+        raise RuntimeError(fault)
+
+
+def drop_waiting_gradients_(modules: Sequence[Any]) -> None:
     """Forget gradients that have not been averaged over the ranks yet."""
-    for parameter in list(_waiting(model)):
+    for parameter in list(_waiting(modules)):
         parameter.unsharded_accumulated_grad = None
         parameter._unsharded_param.grad = None
 
 
-def _waiting(model: torch.nn.Module) -> Iterator[Any]:
-    for module in modules_of(model):
+def _waiting(modules: Sequence[Any]) -> Iterator[Any]:
+    for module in modules:
         for group in getattr(module._get_fsdp_state(), "_fsdp_param_groups", ()):
             for parameter in group.fsdp_params:
                 whole = getattr(parameter, "_unsharded_param", None)

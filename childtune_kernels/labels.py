@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -24,6 +24,12 @@ def label_of(name: str) -> str:
     if not label:
         raise ValueError(f"the parameter name {name!r} has no label; give the parameter a name")
     return label
+
+
+def shortened(labels: Sequence[str], most: int = 6) -> str:
+    """The first labels as text, and how many more there are; nothing of none."""
+    more = len(labels) - most
+    return ", ".join(labels[:most]) + (f" and {more} more" if more > 0 else "")
 
 
 class Aliases:

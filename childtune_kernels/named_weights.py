@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from . import sharding
-from .labels import label_of
+from .labels import label_of, shortened
 from .weight_bits import same_bits
 
 Ties = Mapping[str, Sequence[str]]
@@ -183,8 +183,8 @@ def counterparts(
     extra = [label for label in weights.tensors if label not in times]
     if missing or extra:
         raise ValueError(
-            f"{what}: other weights than expected; missing: {shortened(missing)}; not expected: "
-            f"{shortened(extra)}; use the same architecture"
+            f"{what}: other weights than expected; missing: {shortened(missing) or 'none'}; "
+            f"not expected: {shortened(extra) or 'none'}; use the same architecture"
         )
     twice = [label for label, count in times.items() if count > 1]
     if twice:
@@ -217,10 +217,3 @@ def _check_kind(
 
 def _groups(ties: Ties) -> set[frozenset[str]]:
     return {frozenset((first, *others)) for first, others in ties.items()}
-
-
-def shortened(names: Sequence[str]) -> str:
-    """The first names of a list, for a message."""
-    if not names:
-        return "none"
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

@@ -12,7 +12,7 @@ from torch import Tensor
 from . import child_layout, mask_parts, parameters, rank_values, sharding
 from .child_mask import ChildMask
 from .group_options import OPTIONS
-from .labels import Aliases
+from .labels import Aliases, shortened
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -212,7 +212,7 @@ def _differences(statements: Sequence[Statement]) -> list[str]:
                 if value != others[what] and what != _HOLDER:
                     how = _how_it_differs(what, (value, rank), (others[what], holder))
                     labels_of.setdefault((what, how), []).append(label)
-    found = [f"{what} of {_shortened(labels)} {how}" for (what, how), labels in labels_of.items()]
+    found = [f"{what} of {shortened(labels, 3)} {how}" for (what, how), labels in labels_of.items()]
     # Stages of a pipeline hold others' parameters; a rank that holds some of another's lacks the rest.
     whole = max(range(len(statements)), key=lambda rank: len(statements[rank]))
     for rank, statement in enumerate(statements):
@@ -220,7 +220,7 @@ def _differences(statements: Sequence[Statement]) -> list[str]:
         if lacking and statement.keys() < statements[whole].keys():
             found.append(
                 f"{len(lacking)} parameters of rank {whole} are missing on rank {rank}: "
-                f"{_shortened(sorted(lacking))}"
+                f"{shortened(sorted(lacking), 3)}"
             )
     return found
 
@@ -232,10 +232,6 @@ def _how_it_differs(what: str, one: tuple[str, int], other: tuple[str, int]) -> 
             return f"on rank {rank} is another than on rank {holder} ({_WHENCE_MASKS})"
         value, expected = ("none" if digest == "none" else "given" for digest in (value, expected))
     return f"is {value} on rank {rank} and {expected} on rank {holder}"
-
-
-def _shortened(labels: Sequence[str]) -> str:
-    return ", ".join(labels[:3]) + (f" and {len(labels) - 3} more" if len(labels) > 3 else "")
 
 
 def _first_holders(statements: Sequence[Statement], ranks: Sequence[int]) -> dict[str, int]:

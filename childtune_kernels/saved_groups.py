@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from .group_options import OPTIONS, WROTE_OUTSIDE, check_seed
-from .labels import is_positional, label_of
+from .labels import is_positional, label_of, shortened
 
 ADAMW_OPTIONS = ("lr", "betas", "eps", "weight_decay", "maximize")
 _TORCH_ONLY = ("capturable", "differentiable", "decoupled_weight_decay", "fused", "foreach")
@@ -172,11 +172,13 @@ def check_same_labels(
     for counts, holder in zip((found, wanted), holders, strict=True):
         twice = [label for label, count in counts.items() if count > 1]
         if twice:
-            raise ValueError(f"{holder} has {shortened(twice)} more than once; give each name once")
+            raise ValueError(
+                f"{holder} has {shortened(twice, 4)} more than once; give each name once"
+            )
     missing = [label for label in wanted if label not in found]
     more = [label for label in found if label not in wanted]
     lacking = [
-        f"{holder} lacks {shortened(of_holder)}"
+        f"{holder} lacks {shortened(of_holder, 4)}"
         for holder, of_holder in zip(holders, (missing, more), strict=True)
         if of_holder
     ]
@@ -198,11 +200,6 @@ def _remedy(missing: bool, more: bool) -> str:
         "build the optimizer with the parameters and names of the saved run; where only the names changed, "
         "load with relabel=True: by position"
     )
-
-
-def shortened(labels: Sequence[str]) -> str:
-    """The first labels, and how many more there are."""
-    return ", ".join(labels[:4]) + (f" and {len(labels) - 4} more" if len(labels) > 4 else "")
 
 
 def by_label(

@@ -31,6 +31,7 @@ from childtune_kernels.fisher_sums import FisherSums
 
 from .cases import assert_same_bits
 from .ranks import Ranks
+from .test_distributed_selection import written_twice
 from .test_sharded_training import Model, both, fsdp, tensor_parallel, tokens_of
 
 EXAMPLES = 3
@@ -194,10 +195,6 @@ def test_a_backward_is_one_record(ranks: Ranks, reentrant: bool | None) -> None:
     [expected] = ranks.run(1, of_one_device, Surrounded())
     for sums in ranks.run(2, within_plain_modules, reentrant):
         assert_same_bits(sums, {label: expected[label] for label in sums})
-
-
-def written_twice(*_: Any) -> None:
-    raise AssertionError("a file is written by rank 0 alone")
 
 
 def saved(folder: str, make: Callable[[], nn.Module]) -> None:
