@@ -5,6 +5,7 @@ from .child_checkpoint import apply_child, child_diff, load_child, save_child
 from .child_mask import ChildMask
 from .comm_hook import register_child_comm_hook
 from .fisher import FisherAccumulator
+from .fisher_scope import layer_patterns
 from .group_options import lr_for
 from .optimizer import FusedChildAdamW
 from .option_scheduler import OptionScheduler
@@ -20,6 +21,7 @@ __all__ = [
     "apply_child",
     "child_diff",
     "explain",
+    "layer_patterns",
     "load_child",
     "lr_for",
     "random_child",

@@ -82,6 +82,33 @@ def scope_of(model: torch.nn.Module, include: Patterns, exclude: Patterns) -> Fi
     return FisherScope(tuple(members), tuple(dense), included, excluded)
 
 
+def layer_patterns(model: torch.nn.Module) -> list[str]:
+    """Patterns of the weights in a model's stacks of layers: ``include`` for the scope of the paper's code.
+
+    A stack is an outermost ``nn.ModuleList`` that holds a trainable parameter: ``bert.encoder.layer``,
+    ``transformer.h`` of a GPT-2, ``model.layers`` of a Llama, the adapters of LoRA in them. Embeddings,
+    poolers, last norms and heads are outside, and train densely.
+
+    Raises:
+        TypeError: no module.
+        ValueError: the model has no such stack.
+    """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, not {type(model).__name__}")
+    stacks: list[str] = []
+    for name, module in model.named_modules():
+        inside = any(name.startswith(f"{stack}.") for stack in stacks)
+        trains = any(parameter.requires_grad for parameter in module.parameters())
+        if isinstance(module, torch.nn.ModuleList) and trains and not inside:
+            stacks.append(name)
+    if not stacks:
+        raise ValueError(
+            f"{type(model).__name__} has no nn.ModuleList with a trainable parameter, so that its layers are "
+            "unknown; give the patterns of what may be in the child, ['*'] for all weights"
+        )
+    return [f"{label_of(stack)}.*" for stack in stacks]
+
+
 def near_labels(wanted: str, labels: Sequence[str]) -> list[str]:
     """Labels with a component that resembles one of ``wanted``, or else the first labels."""
     parts = {part for label in labels for part in label.split(".")}

@@ -13,6 +13,26 @@ from . import child_layout, sharding
 _HEADER = ("parameter", "shape", "p", "child", "decay", "backend", "state bytes")
 
 
+def child_shares(
+    groups: Sequence[Mapping[str, Any]], states: Mapping[Tensor, Mapping[str, Tensor]]
+) -> tuple[float, float]:
+    """The share of the elements that are in the child, and the share that a step gives a gradient.
+
+    What trains densely is in the child whole. The second share is the expected one, with ``reserve_p`` as it
+    is now. Of DTensors both are those of this rank's parts.
+    """
+    elements = child = 0
+    kept = 0.0
+    for group in groups:
+        for parameter in group["params"]:
+            numel = sharding.local_of(parameter).numel()
+            state = states[parameter]
+            count = child_layout.child_count(state) if child_layout.has_child(state) else numel
+            elements, child = elements + numel, child + count
+            kept += count * float(group["reserve_p"])
+    return child / max(1, elements), kept / max(1, elements)
+
+
 def summary_table(
     groups: Sequence[Mapping[str, Any]],
     states: Mapping[Tensor, Mapping[str, Tensor]],

@@ -71,7 +71,7 @@ FLOORS: list[set[str]] = [
     {"gradient_release"},  # steps of single parameters, from within backward
     {"child_checkpoint", "fisher", "optimizer"},
     {"comm_hook"},  # an optimizer under DistributedDataParallel
-    {"self_check", "report"},  # for the command line only
+    {"self_check", "report", "integrations"},  # the command line's; an ecosystem's
     {"__init__"},  # the public names and nothing else
     {"__main__", "commands"},  # the command line: what is called, and a room a command
 ]
@@ -82,7 +82,7 @@ LOADS_BACKENDS = {"registry"}
 PRINTS_ABOUT_BACKENDS = {"commands.info"}
 FOR_THE_COMMAND_LINE = {"report", "integrations"}
 # Rooms whose modules import each other: imports inside them are their own affair.
-OF_SEVERAL_MODULES = {"backends", "commands", "ops", "report"}
+OF_SEVERAL_MODULES = {"backends", "commands", "integrations", "ops", "report"}
 BANNED_NAMES = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION = 400, 60
 
