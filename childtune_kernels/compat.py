@@ -126,10 +126,10 @@ class ChildTuningAdamW(FusedChildAdamW):
         return masks or None
 
     @gradient_mask.setter
-    def gradient_mask(self, gradient_mask: Mapping[Tensor, Tensor]) -> None:
+    def gradient_mask(self, gradient_mask: Mapping[Any, Tensor]) -> None:
         self.set_gradient_mask(gradient_mask)
 
-    def set_gradient_mask(self, gradient_mask: Mapping[Tensor, Tensor]) -> None:
+    def set_gradient_mask(self, gradient_mask: Mapping[Any, Tensor]) -> None:
         """Give the child of mode ``"ChildTuning-D"``: before the first step, and again whenever it changes.
 
         Set again during a run, elements of both children keep their moments, new ones start with zero
