@@ -4,6 +4,7 @@ from ._version import __version__
 from .child_checkpoint import apply_child, child_diff, load_child, save_child
 from .child_mask import ChildMask
 from .comm_hook import register_child_comm_hook
+from .compat import ChildTuningAdamW
 from .fisher import FisherAccumulator
 from .fisher_scope import layer_patterns
 from .group_options import lr_for
@@ -14,6 +15,7 @@ from .selection import random_child, select_child
 
 __all__ = [
     "ChildMask",
+    "ChildTuningAdamW",
     "FisherAccumulator",
     "FusedChildAdamW",
     "OptionScheduler",

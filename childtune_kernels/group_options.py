@@ -32,8 +32,10 @@ OPTIONS = (*NUMBERS, *FLAGS, *CHOICES, "state_dtype", "max_grad_norm", *DROP_IN)
 STATE_DTYPES = (None, torch.float32, torch.bfloat16)
 # What a group notes of its run: whether weights outside its present child have been written.
 WROTE_OUTSIDE = "wrote_outside_child"
+# The mode of a ChildTuningAdamW, in each of its groups.
+MODE = "mode"
 #: What a group has besides its options, and what stays as it is for a whole run.
-FIXED_KEYS = (WROTE_OUTSIDE, "seed", "params", "param_names")
+FIXED_KEYS = (WROTE_OUTSIDE, MODE, "seed", "params", "param_names")
 GROUP_KEYS = (*OPTIONS, *FIXED_KEYS)
 
 #: All that a step depends on, looked at anew at every step.

@@ -153,7 +153,8 @@ def mask_words(
         raise ValueError(
             f"child_mask must be a ChildMask, not {type(mask).__name__}; use ChildMask.from_dense"
         )
-    if any(is_positional(label) for label in labels):
+    # A mask of names says nothing of positions; one of positions was made for these very parameters.
+    if any(map(is_positional, labels)) and not any(map(is_positional, mask.names)):
         raise ValueError("child_mask needs names; pass model.named_parameters() as params")
     unknown = [label for label in labels if label not in mask]
     frozen = {

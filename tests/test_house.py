@@ -70,7 +70,8 @@ FLOORS: list[set[str]] = [
     {"step_planner"},  # which plans a step takes
     {"gradient_release"},  # steps of single parameters, from within backward
     {"child_checkpoint", "fisher", "optimizer"},
-    {"comm_hook"},  # an optimizer under DistributedDataParallel
+    # an optimizer under DistributedDataParallel, and with the released code's signature
+    {"comm_hook", "compat"},
     {"self_check", "report", "integrations"},  # the command line's; an ecosystem's
     {"__init__"},  # the public names and nothing else
     {"__main__", "commands"},  # the command line: what is called, and a room a command
