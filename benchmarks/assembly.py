@@ -154,14 +154,14 @@ def lane_accesses(instructions: tuple[Instruction, ...]) -> Iterator[Access]:
     varying: set[str] = set()
     for item in instructions:
         found = access_of(item)
-        if found is not None and varying & set(_address(item)):
+        if found is not None and not varying.isdisjoint(_address(item)):
             yield found
         written, read = _registers(item)
-        depends = item.root not in _UNIFORM_RESULT and bool(varying & set(read))
+        depends = item.root not in _UNIFORM_RESULT and not varying.isdisjoint(read)
         if depends or "SR_TID.X" in item.operands or "SR_LANEID" in item.operands:
-            varying |= set(written)
+            varying |= written
         elif not item.guarded:
-            varying -= set(written)
+            varying -= written
         if item is instructions[0] and _is_amd(item):
             varying.add("v0")  # holds the work-item's index at entry
 
@@ -196,12 +196,13 @@ def _address(instruction: Instruction) -> list[str]:
     return _names(brackets[-1], _SASS_REGISTER) if brackets else []
 
 
-def _registers(instruction: Instruction) -> tuple[list[str], list[str]]:
+@cache
+def _registers(instruction: Instruction) -> tuple[frozenset[str], frozenset[str]]:
     """Registers written and read; predicates are left out."""
     pattern = _AMD_REGISTER if _is_amd(instruction) else _SASS_REGISTER
     access = access_of(instruction)
     if not instruction.operands or (access and access.store):
-        return [], []
+        return frozenset(), frozenset()
     first, *rest = instruction.operands
     written = _names(first, pattern)
     if written and not _is_amd(instruction):
@@ -214,7 +215,7 @@ def _registers(instruction: Instruction) -> tuple[list[str], list[str]]:
         )
         file, number = re.fullmatch(r"(U?R)(\d+)", written[0]).groups()  # type: ignore[union-attr]
         written = [f"{file}{int(number) + more}" for more in range(max(count, 1))]
-    return written, _names(", ".join(rest), pattern)
+    return frozenset(written), frozenset(_names(", ".join(rest), pattern))
 
 
 def _names(text: str, pattern: re.Pattern[str]) -> list[str]:

@@ -34,13 +34,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         metavar="FILE",
         help="write to FILE how often each Triton kernel was launched, and how many tests passed",
     )
+    parser.addoption(
+        "--plain-interpreter",
+        action="store_true",
+        help="leave Triton's interpreter as it is (tests/quick_interpreter.py)",
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
     if config.getoption("record") is not None:
         config.pluginmanager.register(LaunchRecord(config.getoption("record")))
-        if interpreted():
-            quicken_interpreter()
+    of_triton = config.getoption("column") == "triton" and interpreted()
+    if of_triton and not config.getoption("plain_interpreter"):
+        quicken_interpreter()
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:

@@ -6,14 +6,17 @@ Each must pass, skip nothing and launch the kernels it is there for.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import threading
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +32,17 @@ AT_ONCE = min(2, os.cpu_count() or 1)
 
 
 class Run(NamedTuple):
-    """A module of tests/ops, or what pytest's ``-k`` selects of it, and the kernels it must launch."""
+    """A module of tests/ops, or what pytest's ``-k`` selects of it, and the kernels it must launch.
+
+    ``plain``: in the interpreter as Triton has it, not as tests/quick_interpreter.py quickens it.
+    """
 
     op: str
     module: str
     kernels: tuple[str, ...]
     select: str = ""
     part: str = ""
+    plain: bool = False
 
     def __str__(self) -> str:
         return "-".join(filter(None, (self.module, self.part)))
@@ -96,7 +103,7 @@ RUNS = [
         "not frozen and not dropped_gradients and not fp32_copy",
     ),
     Run("child_adamw", "test_child_adamw_capture", _ALL_OF_STEP[:4]),
-    Run("child_adamw", "test_child_adamw_large", _ALL_OF_STEP[:4]),
+    Run("child_adamw", "test_child_adamw_large", _ALL_OF_STEP[:4], plain=True),
     Run("child_adamw", "test_child_adamw_launches", _ALL_OF_STEP[:4]),
     Run(
         "topk_select", "test_topk_select",
@@ -108,6 +115,10 @@ RUNS = [
         ("_pack_mask_kernel", "_unpack_mask_kernel", "_unit_counts_kernel", "_move_masked_kernel"),
     ),
     Run("keep_words", "test_keep_words", ("_keep_words_kernel",)),
+    Run(
+        "keep_words", "test_keep_words", ("_keep_words_kernel",), "test_steps or worked_vectors", "plain",
+        plain=True,
+    ),
     Run("gradient_norm", "test_gradient_norm", _NORM, _NORM_CASES, "cases"),
     Run("gradient_norm", "test_gradient_norm", _NORM, _NORM_OTHERS, "others"),
     Run("gradient_norm", "test_gradient_norm_plans", _NORM, "not (shards_drop and bfloat16)"),
@@ -117,13 +128,13 @@ RUNS = [
     ),
     Run("fisher_accumulate", "test_fisher_accumulate", ("_fisher_accumulate_kernel",)),
 ]  # fmt: skip
-# Every test of the modules that are cut short above.
+# Every test of the modules that are cut short above, in the interpreter as Triton has it.
 WHOLE = [
-    Run("child_adamw", f"test_child_adamw{part}", _STEP, part="all")
+    Run("child_adamw", f"test_child_adamw{part}", _STEP, part="all", plain=True)
     for part in ("", "_contract", "_shards", "_scaling")
 ]
 WHOLE += [
-    Run("gradient_norm", f"test_gradient_norm{part}", _NORM, part="all")
+    Run("gradient_norm", f"test_gradient_norm{part}", _NORM, part="all", plain=True)
     for part in ("", "_plans", "_launches")
 ]
 ACTIVE = [run for run in RUNS if registry.TABLE[run.op]["triton"] is not None]
@@ -149,36 +160,60 @@ class Interpreter:
         self.folder = folder
         self.pool = ThreadPoolExecutor(AT_ONCE)
         self.processes: list[subprocess.Popen[str]] = []
+        self.of_thread = threading.local()
 
-    def start(self, run: Run, *options: str, **environment: str) -> Future[Finished]:
-        """Queue a run, with more options of pytest and variables of the environment."""
-        return self.pool.submit(self._finish, run, options, environment)
+    def start(self, run: Run, *options: str, **fault: Any) -> Future[Finished]:
+        """Queue a run, with more options of pytest, folders to import from and what the environment says."""
+        return self.pool.submit(self._finish, run, options, **fault)
 
-    def _finish(self, run: Run, options: tuple[str, ...], environment: dict[str, str]) -> Finished:
-        record = self.folder / f"{uuid.uuid4()}.json"
-        record.touch()
-        command = [
-            sys.executable, "-m", "pytest", f"tests/ops/{run.module}.py", "--column", "triton", "--record",
-            str(record), "-k", run.select, "-p", "no:cacheprovider", "--tb", "short", "-rfEs",
-            "--maxfail", "5", *options,
+    def _finish(
+        self, run: Run, options: tuple[str, ...], path: Sequence[str] = (),
+        environment: Mapping[str, str] | None = None,
+    ) -> Finished:  # fmt: skip
+        name = self.folder / str(uuid.uuid4())
+        record, output = name.with_suffix(".json"), name.with_suffix(".txt")
+        for file in (record, output):
+            file.touch()
+        arguments = [
+            f"tests/ops/{run.module}.py", "--column", "triton", "--record", str(record), "-k", run.select,
+            "-p", "no:cacheprovider", "--tb", "short", "-rfEs", "--maxfail", "5",
+            *(["--plain-interpreter"] if run.plain else []), *options,
         ]  # fmt: skip
+        job = {"arguments": arguments, "output": str(output), "path": list(path)}
+        server = self._server() if environment is None else self._serve(environment)
+        assert server.stdin is not None
+        assert server.stdout is not None
+        print(json.dumps(job), file=server.stdin, flush=True)
+        answer = server.stdout.readline()
+        assert answer, f"no answer: {server.wait()}"
+        recorded: dict[str, Any] = json.loads(record.read_text(encoding="utf-8") or "{}")
+        launches, outcomes = recorded.get("launches", {}), recorded.get("outcomes", {})
+        return Finished(int(answer), output.read_text(encoding="utf-8"), launches, outcomes)
+
+    def _server(self) -> subprocess.Popen[str]:
+        """This thread's process, whose forks are the runs; started at the first use."""
+        if not hasattr(self.of_thread, "server"):
+            self.of_thread.server = self._serve({})
+        server: subprocess.Popen[str] = self.of_thread.server
+        return server
+
+    def _serve(self, environment: Mapping[str, str]) -> subprocess.Popen[str]:
         inherited = {key: value for key, value in os.environ.items() if key != "PYTEST_ADDOPTS"}
         variables = {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", **environment}
         process = subprocess.Popen(
-            command, cwd=ROOT, env=inherited | variables, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            [sys.executable, "-m", "tests.pytest_server"], cwd=ROOT, env=inherited | variables,
+            text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
         self.processes.append(process)
-        output, _ = process.communicate()
-        recorded: dict[str, Any] = json.loads(record.read_text(encoding="utf-8") or "{}")
-        launches, outcomes = recorded.get("launches", {}), recorded.get("outcomes", {})
-        return Finished(process.returncode, output, launches, outcomes)
+        return process
 
     def stop(self) -> None:
         """End what still runs."""
         self.pool.shutdown(wait=False, cancel_futures=True)
         for process in self.processes:
-            process.kill()
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
 
 
 @pytest.fixture(scope="module")
@@ -252,8 +287,9 @@ def faulty(
     for name, (plugin, environment, _) in FAULTS.items():
         folder = tmp_path_factory.mktemp("fault")
         (folder / "fault.py").write_text(plugin, encoding="utf-8")
-        environment = {"PYTHONPATH": str(folder), **environment}
-        futures[name] = interpreter.start(FEW, "-p", "fault", **environment)
+        futures[name] = interpreter.start(
+            FEW, "-p", "fault", path=[str(folder)], environment=environment or None
+        )
     return futures
 
 
