@@ -8,7 +8,7 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c const
 PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capability/*)
 
-.PHONY: help install finetune finetune-short low-precision test test-slow bench gpu check format info clean
+.PHONY: help install finetune finetune-short low-precision test test-slow bench gpu check format docs dist info clean
 
 help:
 	@echo "make install         the virtual environment and the package in it; other targets do this first"
@@ -21,6 +21,8 @@ help:
 	@echo "make gpu             check and measure on this machine's GPU, offline (under 8 minutes); ARGS='--sweep'"
 	@echo "make check           ruff and mypy"
 	@echo "make format          ruff's fixes and format"
+	@echo "make docs            the documentation as a site, in build/site"
+	@echo "make dist            source distribution and wheel, in dist"
 	@echo "make info            what is installed, which backend serves what, a self-check"
 	@echo "make clean           remove the virtual environment and what was built"
 
@@ -70,6 +72,16 @@ check: install
 format: install
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# The site's theme prints a notice about its successor to every build.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
+	@echo "build/site/index.html"
+
+# The wheel is built from the source distribution, which shows that nothing is missing from it.
+dist: install
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist
 
 info: install
 	$(BIN)/python -m childtune_kernels info

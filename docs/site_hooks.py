@@ -1,4 +1,4 @@
-"""Hooks of mkdocs: pages that live outside ``docs/``, and links that lead there, so that both they and GitHub work."""
+"""Hooks of mkdocs: pages that live outside ``docs/``, and links that lead there from everywhere."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from collections.abc import Mapping
@@ -17,8 +18,8 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).parent.parent
-SOURCES = ("childtune_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE",
-           "MANIFEST.in", "SPEC.md", "CHANGELOG.md")  # fmt: skip
+SOURCES = ("childtune_kernels", "csrc", "setup.py", "pyproject.toml", "README.md", "LICENSE", "Makefile",
+           "MANIFEST.in", "SPEC.md", "CHANGELOG.md", "CITATION.cff", "constraints.txt")  # fmt: skip
 PIP = (sys.executable, "-m", "pip", "--disable-pip-version-check")
 OFFLINE = ("--no-build-isolation", "--no-deps", "--no-index", "--quiet")
 
@@ -134,6 +135,59 @@ def test_a_source_distribution_holds_the_sources(tree: Path) -> None:
     sources = {path.relative_to(tree) for path in (tree / "csrc").rglob("*.*")}
     assert sources <= held
     assert {Path("SPEC.md"), Path("LICENSE"), Path("childtune_kernels/py.typed")} <= held
+
+
+def distributed(tree: Path, environment: Mapping[str, str]) -> Path:
+    """What ``make dist`` builds, installed in a virtual environment of its own; gives its ``bin``.
+
+    The environment sees this one's other packages, by links, and nothing of this project.
+    """
+    recipe = (ROOT / "Makefile").read_text(encoding="utf-8")
+    assert "$(BIN)/python -m build --no-isolation --outdir dist" in recipe
+    dist = tree.parent / "dist"
+    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(dist), str(tree)]
+    run(command, environment, tree.parent)
+    (wheel,), (source,) = dist.glob("*.whl"), dist.glob("*.tar.gz")
+    version = re.search(r'"(.+)"', (ROOT / "childtune_kernels" / "_version.py").read_text())
+    assert version is not None
+    assert wheel.name.startswith(f"childtune_kernels-{version[1]}-")
+    assert source.name == f"childtune_kernels-{version[1]}.tar.gz"
+    assert f"version: {version[1]}\n" in (tree / "CITATION.cff").read_text(encoding="utf-8")
+    clean = tree.parent / "clean"
+    run([sys.executable, "-m", "venv", str(clean)], {}, tree.parent)
+    (packages,) = clean.glob("lib/python*/site-packages")
+    for package in Path(sysconfig.get_path("purelib")).iterdir():
+        if "childtune" not in package.name and not (packages / package.name).exists():
+            (packages / package.name).symlink_to(package)
+    python = clean / "bin" / "python"
+    nothing = "import importlib.util as u; assert u.find_spec('childtune_kernels') is None"
+    run([str(python), "-c", nothing], {}, tree.parent)
+    install = ["-m", "pip", "--disable-pip-version-check", "install", *OFFLINE, str(wheel)]
+    run([str(python), *install], {}, tree.parent)
+    return clean / "bin"
+
+
+def test_distributions_install_in_a_clean_environment(tree: Path) -> None:
+    """Without the extension, which takes minutes to compile; the wheel is made of the source distribution."""
+    programs = distributed(tree, {"CHILDTUNE_BUILD_EXT": "0"})
+    found = json.loads(run([str(programs / "python"), "-c", PROBE], {}, tree.parent))
+    assert Path(found["file"]).is_relative_to(programs.parent)
+    assert_only_the_reference_serves(found, "left out at installation by CHILDTUNE_BUILD_EXT=0")
+    assert "usage: childtune" in run([str(programs / "childtune"), "--help"], {}, tree.parent)
+    told = json.loads(run([str(programs / "childtune"), "info", "--json"], {}, tree.parent))
+    assert told["sound"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
+def test_compiled_distributions_install_in_a_clean_environment(tree: Path) -> None:
+    programs = distributed(tree, {})
+    found = json.loads(run([str(programs / "python"), "-c", PROBE], {}, tree.parent))
+    assert Path(found["file"]).is_relative_to(programs.parent)
+    assert (found["warnings"], found["refusal"], found["trained"]) == ([], "", True)
+    told = json.loads(run([str(programs / "childtune"), "info", "--json"], {}, tree.parent))
+    assert told["sound"]
+    assert "cpp" in {finding["backend"] for finding in told["self_check"]}
 
 
 @pytest.mark.skipif(shutil.which("c++") is None, reason="no C++ compiler")
