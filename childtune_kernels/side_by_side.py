@@ -20,7 +20,7 @@ from torch.optim import Optimizer
 from . import registry
 from .contenders import Entrant, NamedParameters, bytes_needed
 from .machine import available_bytes, synchronize
-from .model_shapes import ModelShapes
+from .model_shapes import LEAST_PARAMETERS, ModelShapes, transformer_of
 from .progress import progress_of, progress_of_amount
 from .rounds import Contender, Seconds, interleave, quartiles, ratio
 
@@ -91,7 +91,23 @@ class SideBySide:
         return all(each.failure is None for each in self.measured)
 
 
-def room_for(device: torch.device) -> int | None:
+def transformer_that_fits(
+    parameters: int, entrants: Sequence[Entrant], device: torch.device, dtype: torch.dtype
+) -> ModelShapes:
+    """A made-up transformer of so many parameters, or of as many as memory allows, if that is fewer.
+
+    Not of fewer than ``LEAST_PARAMETERS``: ``check_memory`` refuses it where even they are too many.
+    """
+    model, room = transformer_of(parameters), _room(device)
+    while room is not None and (needed := bytes_needed(model, entrants, dtype)) > room:
+        fewer = int(0.95 * model.parameters * room / needed)
+        if fewer < LEAST_PARAMETERS:
+            return transformer_of(LEAST_PARAMETERS)
+        model = transformer_of(fewer)
+    return model
+
+
+def _room(device: torch.device) -> int | None:
     """Bytes that measuring may take on a device; None where nobody knows."""
     available = available_bytes(device)
     return None if available is None else int(_SHARE_OF_MEMORY * available)
@@ -105,12 +121,13 @@ def check_memory(
     Raises:
         ValueError: names the bytes that are needed, those that are free, and the remedy.
     """
-    needed, room = bytes_needed(model, entrants, dtype), room_for(device)
+    needed, room = bytes_needed(model, entrants, dtype), _room(device)
     if room is not None and needed > room:
+        most = max(LEAST_PARAMETERS, model.parameters)
+        fitting = transformer_that_fits(most, entrants, device, dtype).parameters
         raise ValueError(
-            f"{model.parameters:,} parameters need about {needed / 1e9:.1f} GB on {device}, and "
-            f"{room / 1e9:.1f} GB are free for them; give fewer by --parameters (about "
-            f"{max(0, int(model.parameters * room / needed)) // 10**6}M fit), or free memory"
+            f"{model.parameters:,} parameters need about {needed / 1e9:.2g} GB on {device}, and "
+            f"{room / 1e9:.2g} GB are free for them; say --parameters {fitting} or fewer, or free memory"
         )
 
 
@@ -158,7 +175,7 @@ def measure(
             continue
         steps[entrant.name] = optimizer.step
         state_bytes[entrant.name] = _state_bytes(optimizer)
-    times = _rounds(steps, first_seconds, device, seconds)
+    times = _rounds(steps, first_seconds, entrants[0].name, device, seconds)
     measured = tuple(
         _measured(each, times, entrants[0].name, state_bytes, failures) for each in entrants
     )
@@ -168,6 +185,7 @@ def measure(
 def _rounds(
     steps: dict[str, Callable[[], object]],
     first_seconds: dict[str, float],
+    base: str,
     device: torch.device,
     seconds: float,
 ) -> dict[str, Seconds]:
@@ -175,7 +193,7 @@ def _rounds(
     usual = statistics.median_low(
         first_seconds.values()
     )  # one step on a busy machine may take long
-    slow = {name for name, each in first_seconds.items() if each > _SLOW * usual}
+    slow = {name for name, each in first_seconds.items() if each > _SLOW * usual} - {base}
     of_slow = sum(first_seconds[name] for name in slow)
     of_others = sum(first_seconds[name] for name in steps.keys() - slow)
     contenders = {name: Contender(step, name in slow) for name, step in steps.items()}

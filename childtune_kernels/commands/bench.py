@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from ..contenders import NAMES, Entrant, bytes_needed, entrants_of
+from ..contenders import NAMES, Entrant, entrants_of
 from ..machine import device_name, versions
-from ..model_shapes import LEAST_PARAMETERS, ModelShapes, model_at, parameter_count, transformer_of
+from ..model_shapes import ModelShapes, model_at, parameter_count, transformer_of
 from ..report.speeds import note, speeds_table, standing, verdict
-from ..side_by_side import LEAST_ROUNDS, Measured, SideBySide, measure, room_for
+from ..side_by_side import LEAST_ROUNDS, Measured, SideBySide, measure, transformer_that_fits
 from . import actions
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -99,11 +99,7 @@ def _model(
         return model_at(options.model)
     if options.parameters is not None:
         return transformer_of(options.parameters)
-    model, room = transformer_of(DEFAULT_PARAMETERS), room_for(device)
-    if room is None or (needed := bytes_needed(model, entrants, dtype)) <= room:
-        return model
-    # A little less than the share, for the largest tensor's does not shrink as the rest.
-    return transformer_of(max(LEAST_PARAMETERS, int(0.9 * DEFAULT_PARAMETERS * room / needed)))
+    return transformer_that_fits(DEFAULT_PARAMETERS, entrants, device, dtype)
 
 
 def _print(found: SideBySide, threads: int, options: argparse.Namespace) -> None:

@@ -15,18 +15,9 @@ _FAR = 2.0  # a factor that a few noisy rounds cannot make up
 
 def speeds_table(found: SideBySide) -> str:
     """Plain text: a row a contender with its time, its relation to the base's, and its state."""
-    rows = [
-        (
-            "contender",
-            "ms a step",
-            f"of {found.base.title}",
-            "quartiles",
-            "rounds",
-            "state bytes/param.",
-        )
-    ]
-    rows += [_row(each, found.model.parameters) for each in found.measured]  # fmt: skip
-    return aligned(rows)
+    of_base = f"of {found.base.title}"
+    header = ("contender", "ms a step", of_base, "quartiles", "rounds", "state bytes/param.")
+    return aligned([header, *(_row(each, found.model.parameters) for each in found.measured)])
 
 
 def _row(measured: Measured, parameters: int) -> tuple[str, str, str, str, str, str]:
@@ -67,7 +58,7 @@ def _of_unsteadiness(found: SideBySide) -> str:
     if spread <= _UNSTEADY:
         return ""
     return (
-        f"The steps of {found.base.title} themselves differ by {spread:.0%} (between their quartiles): something "
+        f"The steps of {found.base.title} themselves differ by {spread:.0%} (between quartiles): something "
         "else seems to run here, and an idle machine may well give other figures."
     )
 
@@ -144,9 +135,7 @@ def _of_unfused(found: SideBySide) -> str:
     if "unfused" not in by_name or "ct_f" not in by_name:
         return ""
     times = by_name["unfused"].of_base[1] / by_name["ct_f"].of_base[1]
-    return (
-        f"An unfused Child-Tuning step takes {times:.2g} times as long as {by_name['ct_f'].title}."
-    )
+    return f"An unfused Child-Tuning step takes {_times(times)} times as long as {by_name['ct_f'].title}."
 
 
 def note(found: SideBySide) -> str:
@@ -160,4 +149,4 @@ def note(found: SideBySide) -> str:
 
 
 def _times(value: float) -> str:
-    return f"{value:.1f}" if value >= 9.95 else f"{value:.2f}"
+    return f"{value:.0f}" if value >= 9.95 else f"{value:.2f}"
