@@ -15,20 +15,21 @@ INTERRUPTED = 130  # as shells report it
 COMMANDS = (info, bench, child, mask)
 
 
-def _program() -> str:
-    """The program's name as it was called."""
-    called = Path(sys.argv[0]).stem
-    return called if called == "childtune" else "python -m childtune_kernels"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code (0 good, 1 a failed check, 2 bad usage)."""
-    parser = argparse.ArgumentParser(prog=_program(), description="Fused kernels for Child-Tuning.")
+def program(name: str) -> argparse.ArgumentParser:
+    """The parser of all commands, for a program of this name."""
+    parser = argparse.ArgumentParser(prog=name, description="Fused kernels for Child-Tuning.")
     parser.add_argument("--version", action="version", version=f"childtune_kernels {__version__}")
     subparsers = parser.add_subparsers(dest="command", required=True)
     for command in COMMANDS:
         command.add_parser(subparsers)
-    options = parser.parse_args(arguments)
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line; returns the exit code (0 good, 1 a failed check, 2 bad usage)."""
+    called = Path(sys.argv[0]).stem
+    name = called if called == "childtune" else "python -m childtune_kernels"
+    options = program(name).parse_args(arguments)
     exit_code: int = options.run(options)
     return exit_code
 

@@ -191,6 +191,30 @@ def test_ratios_follow_from_the_rounds(monkeypatch: pytest.MonkeyPatch) -> None:
     assert child.of_base == (0.375, 0.5, 0.5)
 
 
+def test_moments_of_equal_kind_are_there_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So is the memory that the estimate counts; a child's own moments are its optimizer's."""
+    optimizers: dict[str, Optimizer] = {}
+
+    def pretended(contenders: Mapping[str, Any], *_: object, **__: object) -> Any:
+        optimizers.update({name: each.step.__self__ for name, each in contenders.items()})
+        for each in contenders.values():
+            each.step()
+        return {name: {0: 1.0} for name in contenders}
+
+    monkeypatch.setattr(side_by_side, "interleave", pretended)
+    measure(SMALL, entrants(), CPU, torch.float32, 1.0)
+    for key, holders in {"exp_avg": 5, "exp_avg_sq": 5, "child_exp_avg": 2}.items():
+        states = [
+            next(state for p, state in each.state.items() if p.numel() == 21_000)
+            for each in optimizers.values()
+        ]
+        held = [state[key].data_ptr() for state in states if key in state]
+        assert len(held) == holders
+        assert len(set(held)) == (2 if key == "child_exp_avg" else 1)
+        finite = [bool(state[key].isfinite().all()) for state in states if key in state]
+        assert all(finite)
+
+
 def test_slow_ones_leave_most_rounds_to_the_others() -> None:
     counts = dict.fromkeys(("base", "quick", "slow"), 0)
 
