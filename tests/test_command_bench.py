@@ -111,8 +111,8 @@ def test_the_verdict_tells_faster_from_slower() -> None:
     ],
 )
 def test_standing(quartiles: tuple[float, float, float], rounds: int, expected: str) -> None:
-    (_, measured) = made_up({"ct_f": quartiles}, rounds=rounds).measured
-    assert standing(measured) == expected
+    (base, measured) = made_up({"ct_f": quartiles}, rounds=rounds).measured
+    assert standing(measured, base) == expected
 
 
 def test_where_the_spread_is_large_nothing_is_claimed() -> None:
@@ -128,13 +128,19 @@ def test_where_the_spread_is_large_nothing_is_claimed() -> None:
 
 
 def test_a_base_that_varies_is_said() -> None:
-    found = made_up({"ct_d": (0.5, 0.6, 0.7)})
-    steady = [Measured(**{**vars(found.base), "seconds": (0.09, 0.1, 0.105)}), *found.measured[1:]]
-    busy = [Measured(**{**vars(found.base), "seconds": (0.08, 0.1, 0.13)}), *found.measured[1:]]
-    assert len(verdict(made_up({}, measured=tuple(steady)))) == 2
-    caution, speed, _ = verdict(made_up({}, measured=tuple(busy)))
-    assert "themselves differ by 50%" in caution
-    assert "(faster)" in speed
+    found = made_up({"ct_d": (0.3, 0.3, 0.3)})
+
+    def with_base(*seconds: float) -> list[str]:
+        base = Measured(**{**vars(found.base), "seconds": seconds})
+        return verdict(made_up({}, measured=(base, *found.measured[1:])))
+
+    assert len(with_base(0.09, 0.1, 0.105)) == 2
+    caution, speed, _ = with_base(0.09, 0.1, 0.13)
+    assert "themselves differ by 40%" in caution
+    assert "takes 0.30 (faster)" in speed
+    caution, speed, _ = with_base(0.08, 0.1, 0.14)
+    assert "themselves differ by 60%" in caution
+    assert speed.startswith("Whether CT_D at density 0.1 is faster cannot be told")
 
 
 def test_figures_of_the_reference_do_not_stand_for_the_package() -> None:

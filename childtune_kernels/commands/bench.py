@@ -141,12 +141,12 @@ def _report(
         "density": options.density,
         "seconds": options.seconds,
         "base": found.base.name,
-        "contenders": [_as_json(each, found.model.parameters) for each in found.measured],
+        "contenders": [_as_json(each, found) for each in found.measured],
         "verdict": list(sentences),
     }
 
 
-def _as_json(measured: Measured, parameters: int) -> dict[str, Any]:
+def _as_json(measured: Measured, found: SideBySide) -> dict[str, Any]:
     who = {"name": measured.name, "title": measured.title, "failure": measured.failure}
     if measured.failure is not None:
         return who
@@ -156,10 +156,10 @@ def _as_json(measured: Measured, parameters: int) -> dict[str, Any]:
         "seconds_quartiles": measured.seconds[::2],
         "of_base": measured.of_base[1],
         "of_base_quartiles": measured.of_base[::2],
-        "standing": standing(measured) if measured.ours else None,
+        "standing": standing(measured, found.base) if measured.ours else None,
         "rounds": measured.rounds,
         "state_bytes": measured.state_bytes,
-        "state_bytes_per_parameter": measured.state_bytes / parameters,
+        "state_bytes_per_parameter": measured.state_bytes / found.model.parameters,
     }
 
 

@@ -10,6 +10,7 @@ from .text_table import aligned, milliseconds
 _EQUAL = 0.03  # nobody feels less
 _WIDE = 0.1  # quartiles on both sides of 1 that are further apart leave it open which is faster
 _UNSTEADY = 0.2  # of the median, between the quartiles of the base's own steps
+_WILD = 0.5
 _FAR = 2.0  # a factor that a few noisy rounds cannot make up
 
 
@@ -53,8 +54,7 @@ def _of_reference(found: SideBySide) -> str:
 
 def _of_unsteadiness(found: SideBySide) -> str:
     """That the base's own steps differ as they do on a machine with other work."""
-    first, median, third = found.base.seconds
-    spread = (third - first) / median
+    spread = _spread(found.base)
     if spread <= _UNSTEADY:
         return ""
     return (
@@ -63,12 +63,17 @@ def _of_unsteadiness(found: SideBySide) -> str:
     )
 
 
+def _spread(measured: Measured) -> float:
+    first, median, third = measured.seconds
+    return (third - first) / median
+
+
 def _of_speed(found: SideBySide) -> str:
     """How much of the base's time everybody of ours takes, and of whom nothing can be said."""
     clear, unclear = [], []
     for each in found.measured:
         if each.ours and each.failure is None:
-            how = standing(each)
+            how = standing(each, found.base)
             if how == "unclear":
                 unclear.append(each.title)
             else:
@@ -89,12 +94,15 @@ def _listed(items: list[str], word: str = "and") -> str:
     return f" {word} ".join(filter(None, (", ".join(items[:-1]), items[-1])))
 
 
-def standing(measured: Measured) -> str:
+def standing(measured: Measured, base: Measured) -> str:
     """Beside the base an optimizer is ``"faster"``, ``"about as fast"``, ``"slower"`` or ``"unclear"``.
 
-    What is within 3 per cent is as fast. Where the quartiles lie on both sides of 1 and far apart, or
-    the rounds are few and the ratio is below 2, nothing is clear.
+    What is within 3 per cent is as fast. Where the quartiles lie on both sides of 1 and far apart, the
+    rounds are few and the ratio is below 2, or the base's own steps differ by half, nothing is clear.
     """
+    # Other work delays whoever waits for all its threads more than others: then ratios are wrong, too.
+    if _spread(base) > _WILD:
+        return "unclear"
     low, middle, high = measured.of_base
     far = not 1 / _FAR < middle < _FAR
     if not far and measured.rounds < LEAST_ROUNDS:
