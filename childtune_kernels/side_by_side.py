@@ -33,7 +33,7 @@ _BLOCK = 1 << 20  # random numbers; repeated, for no step is faster or slower fo
 _SHARED = ("exp_avg", "exp_avg_sq", "master_remainder")
 _LONG = 0.5  # seconds; a first step that takes them is followed by one only to warm up
 _SLOW = 4.0  # times the median of everybody: who takes more takes part in some rounds only
-_SLOW_SHARE = 2.0  # of the time of all others, that the slow ones may take
+_SLOW_SHARE = 1.0  # of the time of all others, that the slow ones may take
 _MOST_ROUNDS = 10_000
 
 

@@ -234,9 +234,9 @@ def test_slow_ones_leave_most_rounds_to_the_others() -> None:
     steps = {name: step_of(name) for name in counts}
     side_by_side._rounds(steps, first, "base", CPU, 0.02)
     assert counts["base"] == counts["quick"] >= side_by_side.LEAST_ROUNDS
-    assert counts["slow"] == -(-counts["base"] // 10)
+    assert counts["slow"] == -(-counts["base"] // 20)
     counts["base"] = 0
-    side_by_side._rounds(steps, {**first, "base": 90.0}, "base", CPU, 1e-9)
+    side_by_side._rounds(steps, {**first, "base": 900.0}, "base", CPU, 1e-9)
     assert counts["base"] == side_by_side.LEAST_ROUNDS, "the base takes part in every round"
 
 
@@ -255,8 +255,8 @@ def test_everybody_steps_and_the_estimate_of_memory_covers_it(dtype: torch.dtype
     assert 0.1 * ours < state["ct_d"] < 0.1 * ours + 0.4
     # Moments of one kind are there once; the transient of a second set comes on top.
     held = 2 * dtype.itemsize + sum({ours, theirs}) + state["ct_d"] + state["ct_d_runs"]
-    needed = bytes_needed(model, everybody, dtype)
-    assert held + ours < needed / model.parameters < 2 * (held + ours)
+    needed = bytes_needed(model, everybody, dtype) - 24 * model.largest
+    assert held + ours < needed / model.parameters < 1.2 * (held + ours)
 
 
 def test_the_child_of_runs() -> None:
@@ -282,7 +282,7 @@ def test_a_device_without_a_fused_adamw_has_another_base(monkeypatch: pytest.Mon
 def test_bench(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", *QUICK, "--parameters", "120K", "--contenders", "ct_f", "ct_d"]) == 0
     printed = capsys.readouterr().out
-    assert "1 threads" in printed
+    assert ", threads: 1\n" in printed
     assert torch.__version__ in printed
     assert "a made-up transformer: " in printed
     rows = [line for line in printed.splitlines() if line.startswith(("torch's", "CT_F", "CT_D"))]

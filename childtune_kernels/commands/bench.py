@@ -108,7 +108,7 @@ def _print(found: SideBySide, threads: int, options: argparse.Namespace) -> None
         actions.print_json(_report(found, threads, options, sentences))
         return
     software = versions()
-    on_threads = f", {threads} threads" if found.device.type == "cpu" else ""
+    on_threads = f", threads: {threads}" if found.device.type == "cpu" else ""
     served = f"childtune_kernels {software['childtune_kernels']} ({found.backend})"
     print(f"{'device':<8}{found.device}: {device_name(found.device)}{on_threads}")
     print(f"{'versions':<8} {served}, torch {software['torch']}, python {software['python']}")
