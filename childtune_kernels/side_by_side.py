@@ -126,8 +126,8 @@ def check_memory(
         most = max(LEAST_PARAMETERS, model.parameters)
         fitting = transformer_that_fits(most, entrants, device, dtype).parameters
         raise ValueError(
-            f"{model.parameters:,} parameters need about {needed / 1e9:.2g} GB on {device}, and "
-            f"{room / 1e9:.2g} GB are free for them; say --parameters {fitting} or fewer, or free memory"
+            f"{model.parameters:,} parameters need about {needed / 1e9:,.2f} GB on {device}, and "
+            f"{room / 1e9:,.2f} GB are free for them; say --parameters {fitting} or fewer, or free memory"
         )
 
 
