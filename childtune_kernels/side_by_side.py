@@ -295,7 +295,7 @@ def _absent(chosen: registry.Choice, device: torch.device) -> str:
     return "; ".join(
         f"{cell.backend}: {cell.reason}"
         for cell in registry.survey(device)
-        if cell.op == chosen.op and not cell.available
+        if cell.op == chosen.op and not cell.available and not cell.on_request
     )
 
 
