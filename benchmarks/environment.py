@@ -6,7 +6,6 @@ import ast
 import os
 import platform
 import re
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,9 @@ import torch
 
 import childtune_kernels
 from childtune_kernels import registry
+from childtune_kernels.machine import device_name, installed
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until a device has done what it was given: the one place where clocks meet devices."""
-    if device.type != "cpu":
-        torch.accelerator.synchronize(device)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
@@ -49,28 +43,6 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
-
-
-def device_name(device: torch.device) -> str:
-    """The model of a device."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    if device.type != "cpu":
-        return device.type
-    try:
-        text = Path("/proc/cpuinfo").read_text()
-    except OSError:
-        text = ""
-    found = re.search(r"^model name\s*:\s*(.+)$", text, re.MULTILINE)
-    return found[1].strip() if found else platform.processor() or platform.machine()
-
-
-def installed(package: str) -> str | None:
-    """The version of an installed package, or None."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _compiler() -> str | None:

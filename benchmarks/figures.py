@@ -23,12 +23,6 @@ def with_quartiles(record: dict[str, Any], key: str) -> str:
     return f"{record[key]:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})"
 
 
-def milliseconds(seconds: float) -> str:
-    """Three digits that count, and no exponent."""
-    value = seconds * 1e3
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
 def size(size: int) -> str:
     """A number of bytes."""
     return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.0f} KiB"

@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from childtune_kernels.rounds import Contender, Seconds, interleave, quartiles, ratio
+
 from .cases import BYTES_PER_PARAMETER, DTYPE, LARGE_TENSOR, Case
 from .correctness import fault_of
 from .peak_memory import Peaks, peaks_of
-from .rounds import Contender, Seconds, interleave, quartiles, ratio
 from .traffic import bytes_per_parameter, state_bytes
 from .variants import GROUPED_SUFFIX, TORCH_FUSED, UNFUSED, Variant, variants_of, workloads_of
 

@@ -7,10 +7,11 @@ from typing import Any
 
 import torch
 
+from childtune_kernels.rounds import Contender, Seconds, interleave, quartiles, ratio
+
 from .contests import Competitor, Contest
 from .measure import Measured, Say, progress_of
 from .peak_memory import peaks_of
-from .rounds import Contender, Seconds, interleave, quartiles, ratio
 
 Record = dict[str, Any]
 

@@ -21,10 +21,11 @@ import torch
 from torch import Tensor
 
 from childtune_kernels import ChildMask
+from childtune_kernels.machine import synchronize
 
 from .cases import CASES, Case
 from .contests import CONTESTS, Contest
-from .environment import ROOT, synchronize
+from .environment import ROOT
 from .variants import variants_of, workloads_of
 
 Peaks = dict[str, int]

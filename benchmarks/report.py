@@ -8,11 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from childtune_kernels.report.text_table import milliseconds
+
 from . import report_contests, targets
 from .cases import BYTES_PER_PARAMETER, CASES, DTYPE, Case
 from .contests import CONTESTS
 from .environment import ROOT
-from .figures import milliseconds, size, table, with_quartiles
+from .figures import size, table, with_quartiles
 from .gpu import report as gpu_report
 from .gpu.report import slug_of
 from .plot import plot

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from childtune_kernels.report.text_table import milliseconds
+
 from .contests import CONTESTS, Contest
 from .contests.layouts import LAYOUTS, TORCH
-from .figures import milliseconds, size, table, with_quartiles
+from .figures import size, table, with_quartiles
 
 Record = dict[str, Any]
 Records = dict[str, Record]

@@ -6,9 +6,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from childtune_kernels.rounds import MINIMAL_ROUNDS
+
 from .cases import BERT_BASE, BERT_LARGE, LARGE_TENSOR, LARGE_TENSOR_APART, SMALL_TENSORS
 from .contests import checkpoint, clipping, fisher, selection
-from .rounds import MINIMAL_ROUNDS
 from .variants import (
     CT_D,
     CT_D_RUNS,

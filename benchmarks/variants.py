@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.optim import AdamW, Optimizer
 
 from childtune_kernels import ChildMask, FusedChildAdamW
+from childtune_kernels.unfused import UnfusedChildTuning, direct_mask, distribution_mask
 
 from .cases import Case, Workload
-from .unfused import UnfusedChildTuning, direct_mask, distribution_mask
 
 NamedParameters = Sequence[tuple[str, Tensor]]
 

@@ -297,14 +297,13 @@ def child_diff(base: Weights, tuned: Weights) -> ChildMask:
     own, other, what = (
         (after, before, "base") if after.ties is not None else (before, after, "tuned")
     )
-    pairs = _pairs(own, other, what)
-    return ChildMask(
-        {
-            label: weight_bits.changed_words(pairs[label], own.tensors[label])
-            for label in own.tensors
-        },
-        own.shapes,
-    )
+    pairs, words = _pairs(own, other, what), {}
+    total = sum(tensor.numel() * tensor.element_size() for tensor in pairs.values())
+    with progress_of_amount("comparing", total) as advance:
+        for label, tensor in own.tensors.items():
+            words[label] = weight_bits.changed_words(pairs[label], tensor)
+            advance(tensor.numel() * tensor.element_size())
+    return ChildMask(words, own.shapes)
 
 
 def _in_scope(weights: NamedWeights, other: NamedWeights) -> NamedWeights:

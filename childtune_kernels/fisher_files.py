@@ -6,7 +6,7 @@ import ctypes
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ._version import __version__
+from .progress import progress_of_amount
 from .whole_file import open_whole, save_whole
 
 FORMAT = "childtune_kernels.fisher"
@@ -113,11 +114,14 @@ def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
     return header
 
 
-def _digest(sums: Iterable[Tensor]) -> str:
+def _digest(sums: Collection[Tensor]) -> str:
     """SHA-256 of the bytes of contiguous tensors."""
     digest = hashlib.sha256()
-    for total in sums:
-        if total.numel():
-            size = total.numel() * total.element_size()
-            digest.update((ctypes.c_char * size).from_address(total.data_ptr()))
+    total_size = sum(total.numel() * total.element_size() for total in sums)
+    with progress_of_amount("checksum of Fisher sums", total_size) as advance:
+        for total in sums:
+            if total.numel():
+                size = total.numel() * total.element_size()
+                digest.update((ctypes.c_char * size).from_address(total.data_ptr()))
+                advance(size)
     return digest.hexdigest()

@@ -195,6 +195,26 @@ def test_info(here: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     assert report["model_bytes"] == whole
 
 
+def test_apply_and_diff_as_json(here: Path, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["child", "apply", "base.safetensors", "child", "out", "--json"]) == 0
+    whole = sorted(load_child("child").whole)
+    assert json.loads(capsys.readouterr().out) == {
+        "base": "base.safetensors", "child": "child", "out": "out", "count": run.mask.count(), "whole": whole,
+        "base_checked": True,
+    }  # fmt: skip
+    assert main(["child", "apply", "base.safetensors", "child", "b", "--json", "--no-strict"]) == 0
+    assert json.loads(capsys.readouterr().out)["base_checked"] is False
+    for options, kind in ([], "child checkpoint"), (["--mask"], "mask"):
+        arguments = ["base.safetensors", "tuned.safetensors", kind, "--json", *options]
+        assert main(["child", "diff", *arguments]) == 0
+        report = json.loads(capsys.readouterr().out)
+        written = ChildMask.load(kind) if options else load_child(kind).mask
+        assert (report["out"], report["kind"]) == (kind, kind)
+        assert (report["count"], report["numel"]) == (written.count(), written.numel())
+        assert report["bytes"] == os.path.getsize(kind)
+        assert (report["whole"] == []) == (kind == "mask")
+
+
 def test_another_base_needs_no_strict(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     weights = load_file("base.safetensors")
     flip_bit_(weights["frozen.weight"], 5)

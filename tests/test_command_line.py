@@ -1,13 +1,16 @@
-"""``python -m childtune_kernels info``, run in this process."""
+"""The program, and its command ``info``, run in this process."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
@@ -153,14 +156,96 @@ def test_an_output_that_cannot_be_written_is_one_line(command: str, tmp_path: Pa
     assert finished.returncode == 1
 
 
-@pytest.mark.parametrize("command", ["child", "mask"])
-def test_commands_with_actions_show_examples(
-    command: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+COMMANDS_AND_ACTIONS = (
+    "info", "bench", "mask", "mask info", "mask plot", "mask overlap", "child", "child info", "child apply",
+    "child diff",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("command", COMMANDS_AND_ACTIONS)
+def test_every_help_shows_examples(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """And what they name is understood, up to the files, which there are not."""
     with pytest.raises(SystemExit) as exit_of:
-        command_line.main([command, "--help"])
+        command_line.main([*command.split(), "--help"])
     assert exit_of.value.code == 0
-    assert f"examples:\n  python -m childtune_kernels {command} info" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    examples = printed.split("\nexamples:\n")[1].splitlines()
+    assert examples
+    for example in examples:
+        assert example.startswith(f"  python -m childtune_kernels {command}")
+    assert ("--json" in printed) == (command not in ("mask", "child"))
+
+
+def examples_of(parser: argparse.ArgumentParser) -> list[str]:
+    """The examples under a parser's help and that of its actions, without the program's name."""
+    found = (parser.epilog or "").replace("%(prog)s", parser.prog).splitlines()[1:]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [line for each in action.choices.values() for line in examples_of(each)]
+    return [line.strip() for line in found]
+
+
+def test_examples_are_good_usage() -> None:
+    parser = command_line.program("childtune")
+    examples = examples_of(parser)
+    assert len(examples) > 15
+    for example in examples:
+        name, *arguments = example.split()
+        assert name == "childtune"
+        parser.parse_args(arguments)
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_of:
+        command_line.main(["--version"])
+    assert exit_of.value.code == 0
+    assert capsys.readouterr().out == f"childtune_kernels {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("called", "name"),
+    [("/usr/bin/childtune", "childtune"), ("/x/__main__.py", "python -m childtune_kernels")],
+)
+def test_help_names_the_program_as_it_was_called(
+    called: str, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [called, "mask", "info", "--help"])
+    with pytest.raises(SystemExit):
+        command_line.run_as_program()
+    printed = capsys.readouterr().out
+    assert f"usage: {name} mask info" in printed
+    assert f"examples:\n  {name} mask info child.safetensors" in printed
+
+
+def test_the_entry_point_leads_to_the_program() -> None:
+    """What an installation makes of the line in pyproject.toml, which only a new one would show."""
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    scripts = re.search(r"(?m)^\[project\.scripts\]\n((?:.+\n)+)", text)
+    assert scripts
+    (line,) = scripts[1].splitlines()
+    name, target = line.split(" = ")
+    entry_point = EntryPoint(name, json.loads(target), "console_scripts")
+    assert name == "childtune"
+    assert entry_point.load() is command_line.run_as_program
+    script = (
+        f"import sys; from {entry_point.module} import {entry_point.attr}; sys.argv = ['/bin/{name}', "
+        f"'--version']; sys.exit({entry_point.attr}())"
+    )
+    finished = subprocess.run(
+        [sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    assert (finished.returncode, finished.stdout) == (0, f"childtune_kernels {__version__}\n")
+
+
+def test_an_interrupt_leaves_no_trace(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command_line, "main", interrupted)
+    assert command_line.run_as_program() == 130
+    assert capsys.readouterr().err == ""
 
 
 @needs_extension

@@ -109,7 +109,7 @@ def test_plot_as_json(
     assert main(arguments) == 0
     report = json.loads(capsys.readouterr().out)
     assert main(["mask", "info", files[0], "--json"]) == 0
-    assert report == json.loads(capsys.readouterr().out)
+    assert report == {**json.loads(capsys.readouterr().out), "picture": str(out)}
     out.unlink()
     assert main([*arguments, "--fisher", fisher_file]) == 0
     report = json.loads(capsys.readouterr().out)
@@ -196,6 +196,7 @@ def test_overlap_as_json(files: tuple[str, str], capsys: pytest.CaptureFixture[s
     report = json.loads(capsys.readouterr().out)
     assert report["overlap"]["first"] == {"first": 1.0, "second": first.overlap(second)}
     assert report["overlap"]["second"]["first"] == second.overlap(first)
+    assert report["picture"] is None
     assert report["by_chance"] == {"first": first.density(), "second": second.density()}
 
 

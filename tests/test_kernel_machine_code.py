@@ -9,8 +9,8 @@ import pytest
 
 from benchmarks import code_faults, machine_code
 from benchmarks.code_faults import Most
-from benchmarks.environment import installed
 from benchmarks.machine_code import MachineCode, Task
+from childtune_kernels.machine import installed
 
 # Registers and instructions are the compiler's: another Triton spills elsewhere and counts otherwise.
 pytestmark = pytest.mark.skipif(

@@ -16,8 +16,8 @@ from benchmarks import (
     moved_bytes,
     rounding,
 )
-from benchmarks.environment import installed
 from benchmarks.machine_code import MachineCode, Task
+from childtune_kernels.machine import installed
 
 pytestmark = pytest.mark.skipif(
     installed("triton") is None, reason="Triton is not installed on this platform"

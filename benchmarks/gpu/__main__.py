@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from childtune_kernels import registry
+from childtune_kernels.machine import installed
 
 from .. import environment, targets
 from ..environment import ROOT
@@ -72,7 +73,7 @@ def _head(setting: Setting, options: argparse.Namespace, built: dict[str, Any]) 
     described = environment.describe(setting.device)
     described["cuda"] = torch.version.cuda or torch.version.hip
     for package in OTHER_PACKAGES:
-        described[package] = environment.installed(_DISTRIBUTIONS.get(package, package))
+        described[package] = installed(_DISTRIBUTIONS.get(package, package))
     if setting.device.type == "cuda":
         properties = torch.cuda.get_device_properties(setting.device)
         described["multiprocessors"] = properties.multi_processor_count

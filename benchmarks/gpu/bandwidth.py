@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..rounds import Contender, interleave, quartiles
+from childtune_kernels.rounds import Contender, interleave, quartiles
+
 from .setting import Setting
 
 _SIZES = (2**28, 2**30, 2**32)

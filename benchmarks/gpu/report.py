@@ -8,8 +8,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from childtune_kernels.report.text_table import milliseconds
+
 from .. import targets
-from ..figures import milliseconds, size, table, with_quartiles
+from ..figures import size, table, with_quartiles
 
 Result = dict[str, Any]
 

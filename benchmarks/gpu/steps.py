@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from childtune_kernels.machine import synchronize
+from childtune_kernels.rounds import Contender, Seconds, interleave, quartiles, ratio
+
 from ..cases import Case, Workload
 from ..correctness import fault_of
-from ..environment import synchronize
 from ..measure import progress_of, ratios_of
 from ..peak_memory import tensor_peak
-from ..rounds import Contender, Seconds, interleave, quartiles, ratio
 from ..traffic import bytes_per_parameter, state_bytes
 from ..variants import GROUPED_SUFFIX, PLAIN, TORCH_FUSED, UNFUSED, Variant
 from .bandwidth import copy_contender

@@ -16,11 +16,11 @@ import torch
 from childtune_kernels import registry
 from childtune_kernels.backends.triton import launch
 from childtune_kernels.backends.triton.launch import Config
+from childtune_kernels.rounds import Contender, Seconds, interleave, quartiles, ratio
 
 from ..cases import Case, Workload
 from ..contests import Competitor, Contest, fisher, selection
 from ..correctness import fault_of
-from ..rounds import Contender, Seconds, interleave, quartiles, ratio
 from ..traffic import bytes_per_parameter
 from ..variants import (
     CT_D,

@@ -1,24 +1,59 @@
-"""What commands with several actions share: running one, and the rule for files that it writes."""
+"""What commands share: their help, ``--json``, running one, and the rule for files that it writes."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
+
+Subparsers = argparse._SubParsersAction  # argparse has no public name for what add_subparsers gives
+
+
+def add_parser(
+    subparsers: Subparsers[argparse.ArgumentParser], name: str, what: str, *examples: str
+) -> argparse.ArgumentParser:
+    """Add a command, or an action of one.
+
+    Args:
+        subparsers: of the program or the command.
+        name: as it is called.
+        what: what it does, in a line.
+        examples: what may stand after the name; shown under its help.
+    """
+    lines = "".join(f"  %(prog)s {example}".rstrip() + "\n" for example in examples)
+    return subparsers.add_parser(
+        name,
+        help=what,
+        description=what,
+        epilog=f"examples:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add ``--json``, which every action has."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def print_json(report: Mapping[str, Any]) -> None:
+    """Print what ``--json`` asks for; paths in it are text."""
+    print(json.dumps(report, indent=2, default=os.fspath))
 
 
 def run(options: argparse.Namespace) -> int:
-    """Run ``options.act``; returns 0, or 1 where input does not fit, with one line about it."""
+    """Run ``options.act``; returns its code (None is 0), or 1 with one line about input that does not fit."""
     try:
-        options.act(options)
+        exit_code: int | None = options.act(options)
     except BrokenPipeError:
         raise  # nobody reads the output any more: no fault of the input, and no one to tell
     except (OSError, RuntimeError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    return 0
+    return exit_code or 0
 
 
 def add_overwrite(parser: argparse.ArgumentParser) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -18,31 +17,30 @@ from ..named_weights import named_weights
 from ..progress import progress_of_amount
 from ..report.text_table import aligned
 from ..weight_files import INDEX, WeightFiles, check_target, read_weights, write_weights
-from .actions import add_overwrite, check_no_input, check_output_file, run
-
-_EXAMPLES = """examples:
-  python -m childtune_kernels child info tuned_child.safetensors
-  python -m childtune_kernels child apply base/ tuned_child.safetensors tuned/
-  python -m childtune_kernels child diff base/ tuned/ difference.safetensors
-"""
+from . import actions
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(subparsers: actions.Subparsers[argparse.ArgumentParser]) -> None:
     """Add the command ``child`` to the command line."""
-    what = "child checkpoints: what one holds, base + child, what differs between two models"
-    parser = subparsers.add_parser(
-        "child", help=what, description=what, epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    info_of = "tuned_child.safetensors"
+    apply_of = "base/ tuned_child.safetensors tuned/"
+    diff_of = "base/ tuned/ difference.safetensors"
+    parser = actions.add_parser(
+        subparsers, "child",
+        "child checkpoints: what one holds, base + child, what differs between two models",
+        f"info {info_of}", f"apply {apply_of}", f"diff {diff_of}",
     )  # fmt: skip
-    actions = parser.add_subparsers(dest="action", required=True)
+    commands = parser.add_subparsers(dest="action", required=True)
     weights = "a safetensors file, or a folder with model.safetensors or an index of shards"
 
-    info = actions.add_parser("info", help="what a child checkpoint holds; checks it whole")
+    what = "what a child checkpoint holds; checks it whole"
+    info = actions.add_parser(commands, "info", what, info_of, f"{info_of} --json")
     info.add_argument("file", help="the child checkpoint")
-    info.add_argument("--json", action="store_true", help="print one JSON object")
-    info.set_defaults(run=run, act=_info)
+    actions.add_json(info)
+    info.set_defaults(run=actions.run, act=_info)
 
-    apply = actions.add_parser("apply", help="put a child into its base model's weights")
+    what = "put a child into its base model's weights"
+    apply = actions.add_parser(commands, "apply", what, apply_of)
     apply.add_argument("base", help=f"the base: {weights}")
     apply.add_argument("child", help="the child checkpoint")
     apply.add_argument("out", help="the tuned weights, in the base's layout (weights alone)")
@@ -51,24 +49,29 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         action="store_true",
         help="accept a base with another fingerprint; the outcome is then not the tuned model",
     )
-    add_overwrite(apply)
-    apply.set_defaults(run=run, act=_apply)
+    actions.add_json(apply)
+    actions.add_overwrite(apply)
+    apply.set_defaults(run=actions.run, act=_apply)
 
-    diff = actions.add_parser("diff", help="make a child checkpoint of what differs, bit for bit")
+    what = "make a child checkpoint of what differs, bit for bit"
+    diff = actions.add_parser(
+        commands, "diff", what, diff_of, "base/ tuned/ mask.safetensors --mask"
+    )
     diff.add_argument("base", help=f"the base: {weights}")
     diff.add_argument("tuned", help="the tuned model: the same kinds")
     diff.add_argument("out", help="the child checkpoint to write")
     diff.add_argument(
         "--mask", action="store_true", help="write the mask of what differs (a ChildMask) alone"
     )
-    add_overwrite(diff)
-    diff.set_defaults(run=run, act=_diff)
+    actions.add_json(diff)
+    actions.add_overwrite(diff)
+    diff.set_defaults(run=actions.run, act=_diff)
 
 
 def _info(options: argparse.Namespace) -> None:
     checkpoint = load_child(options.file)
     if options.json:
-        print(json.dumps(_report(checkpoint), indent=2))
+        actions.print_json(_report(checkpoint))
         return
     mask = checkpoint.mask
     print(f"{'written by':<16}childtune_kernels {checkpoint.library}")
@@ -122,10 +125,10 @@ def _model_bytes(checkpoint: ChildCheckpoint) -> int:
 
 def _apply(options: argparse.Namespace) -> None:
     checkpoint, files = load_child(options.child), read_weights(options.base)
-    check_no_input(options.out, [options.base, options.child, *_paths(files)])
+    actions.check_no_input(options.out, [options.base, options.child, *_paths(files)])
     check_target(options.out, files)
     if not files.path.is_dir():
-        check_output_file(options.out, overwrite=options.overwrite)
+        actions.check_output_file(options.out, overwrite=options.overwrite)
     found = check_base(
         checkpoint, named_weights(files.tensors, "base"), "base", strict=not options.no_strict
     )
@@ -143,6 +146,17 @@ def _apply(options: argparse.Namespace) -> None:
     total = sum(tensor.numel() * tensor.element_size() for tensor in files.tensors.values())
     with progress_of_amount("writing", total) as advance:
         write_weights(options.out, files, tuned, advance)
+    if options.json:
+        report = {
+            "base": options.base,
+            "child": options.child,
+            "out": options.out,
+            "count": checkpoint.mask.count(),
+            "whole": sorted(checkpoint.whole),
+            "base_checked": not options.no_strict,
+        }
+        actions.print_json(report)
+        return
     print(
         f"{options.out}: {checkpoint.mask.count():,} elements and {len(checkpoint.whole)} whole tensors "
         f"put into {options.base}"
@@ -156,21 +170,36 @@ def _apply(options: argparse.Namespace) -> None:
 def _diff(options: argparse.Namespace) -> None:
     base, tuned = read_weights(options.base), read_weights(options.tuned)
     inputs = [options.base, options.tuned, *_paths(base), *_paths(tuned)]
-    check_no_input(options.out, inputs)
-    check_output_file(options.out, overwrite=options.overwrite)
+    actions.check_no_input(options.out, inputs)
+    actions.check_output_file(options.out, overwrite=options.overwrite)
     if options.mask:
         mask = child_diff(base.tensors, tuned.tensors)
         mask.save(options.out)
-        print(f"{options.out}: {mask}")
+        said, whole = f"{options.out}: {mask}", []
+    else:
+        checkpoint = diff_checkpoint(
+            named_weights(base.tensors, "base"), named_weights(tuned.tensors, "tuned")
+        )
+        checkpoint.save(options.out)
+        mask, whole = checkpoint.mask, sorted(checkpoint.whole)
+        said = (
+            f"{options.out}: {mask.count():,} elements in {len(checkpoint.values)} weights, "
+            f"{len(whole)} tensors whole, {os.path.getsize(options.out):,} bytes"
+        )
+    if not options.json:
+        print(said)
         return
-    checkpoint = diff_checkpoint(
-        named_weights(base.tensors, "base"), named_weights(tuned.tensors, "tuned")
-    )
-    checkpoint.save(options.out)
-    print(
-        f"{options.out}: {checkpoint.mask.count():,} elements in {len(checkpoint.values)} weights, "
-        f"{len(checkpoint.whole)} tensors whole, {os.path.getsize(options.out):,} bytes"
-    )
+    report = {
+        "base": options.base,
+        "tuned": options.tuned,
+        "out": options.out,
+        "kind": "mask" if options.mask else "child checkpoint",
+        "count": mask.count(),
+        "numel": mask.numel(),
+        "whole": whole,
+        "bytes": os.path.getsize(options.out),
+    }
+    actions.print_json(report)
 
 
 def _paths(files: WeightFiles) -> list[Path]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,33 +16,29 @@ from ..report.fisher_spectrum import FisherSpectrum, fisher_spectrum, fisher_spe
 from ..report.heat_maps import plot_densities, plot_overlaps
 from ..report.overlaps import overlaps, overlaps_table
 from ..report.spectrum_plot import plot_fisher_spectrum
-from .actions import add_overwrite, check_no_input, check_output_file, run
-
-_EXAMPLES = """examples:
-  python -m childtune_kernels mask info child.safetensors
-  python -m childtune_kernels mask plot child.safetensors --out density.png
-  python -m childtune_kernels mask plot child.safetensors --fisher fisher.safetensors --out spectrum.png
-  python -m childtune_kernels mask overlap seed0.safetensors seed1.safetensors --out overlap.png
-"""
+from . import actions
 
 
-def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
+def add_parser(subparsers: actions.Subparsers[argparse.ArgumentParser]) -> None:
     """Add the command ``mask`` with ``info``, ``plot`` and ``overlap`` to the command line."""
-    what = "look at saved child masks: tables and pictures"
-    parser = subparsers.add_parser(
-        "mask", help=what, description=what, epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    info_of = "child.safetensors"
+    plot_of = "child.safetensors --out density.png"
+    spectrum_of = "child.safetensors --fisher fisher.safetensors --out spectrum.png"
+    overlap_of = "seed0.safetensors seed1.safetensors --out overlap.png"
+    parser = actions.add_parser(
+        subparsers, "mask", "look at saved child masks: tables and pictures",
+        f"info {info_of}", f"plot {plot_of}", f"plot {spectrum_of}", f"overlap {overlap_of}",
     )  # fmt: skip
     commands = parser.add_subparsers(dest="action", required=True)
 
-    info = commands.add_parser(
-        "info", help="scope and density of a mask, by layer and kind of weight"
-    )
+    what = "scope and density of a mask, by layer and kind of weight"
+    info = actions.add_parser(commands, "info", what, info_of, f"{info_of} --json")
     info.add_argument("file", type=Path, metavar="FILE", help="what ChildMask.save wrote")
-    info.add_argument("--json", action="store_true", help="print one JSON object")
-    info.set_defaults(run=run, act=_info)
+    actions.add_json(info)
+    info.set_defaults(run=actions.run, act=_info)
 
-    plot = commands.add_parser("plot", help="draw a mask's density by layer and kind of weight")
+    what = "draw a mask's density by layer and kind of weight"
+    plot = actions.add_parser(commands, "plot", what, plot_of, spectrum_of)
     plot.add_argument("file", type=Path, metavar="FILE", help="what ChildMask.save wrote")
     plot.add_argument("--out", type=_png, required=True, metavar="PNG", help="where to draw")
     plot.add_argument(
@@ -53,27 +48,28 @@ def add_parser(subparsers: argparse._SubParsersAction[argparse.ArgumentParser]) 
         help="what FisherAccumulator.save wrote: draw its spectrum instead, with the mask's part of it "
         "and the threshold, and print it as a table",
     )
-    plot.add_argument("--json", action="store_true", help="print the numbers, as one JSON object")
-    add_overwrite(plot)
-    plot.set_defaults(run=run, act=_plot)
+    actions.add_json(plot)
+    actions.add_overwrite(plot)
+    plot.set_defaults(run=actions.run, act=_plot)
 
-    overlap = commands.add_parser(
-        "overlap", help="how much of each child is in the others: |row ∩ column| / |row|"
+    what = "how much of each child is in the others: |row ∩ column| / |row|"
+    overlap = actions.add_parser(
+        commands, "overlap", what, overlap_of, "seed0.safetensors seed1.safetensors --json"
     )
     overlap.add_argument(
         "files", type=Path, nargs="+", metavar="FILE", help="masks of one scope, two or more"
     )
     overlap.add_argument("--out", type=_png, metavar="PNG", help="draw the matrix too")
-    overlap.add_argument("--json", action="store_true", help="print one JSON object")
-    add_overwrite(overlap)
-    overlap.set_defaults(run=run, act=_overlap)
+    actions.add_json(overlap)
+    actions.add_overwrite(overlap)
+    overlap.set_defaults(run=actions.run, act=_overlap)
 
 
 def _info(options: argparse.Namespace) -> None:
     mask = _load(options.file)
     found = densities(mask)
     if options.json:
-        print(json.dumps({"file": str(options.file), **_as_json(mask, found)}, indent=2))
+        actions.print_json({"file": options.file, **_as_json(mask, found)})
         return
     total = found.total
     print(options.file)
@@ -101,15 +97,15 @@ def _plot(options: argparse.Namespace) -> None:
         plot_fisher_spectrum(spectrum, options.out, options.file.name)
         report, table = _spectrum_as_json(spectrum), f"{fisher_spectrum_table(spectrum)}\n\n"
     if options.json:
-        print(json.dumps({"file": str(options.file), **report}, indent=2))
+        actions.print_json({"file": options.file, "picture": options.out, **report})
     else:
         print(f"{table}wrote {options.out}")
 
 
 def _check_picture(options: argparse.Namespace, inputs: Sequence[Path]) -> None:
     canvas.check_available()
-    check_no_input(options.out, inputs)
-    check_output_file(options.out, overwrite=options.overwrite)
+    actions.check_no_input(options.out, inputs)
+    actions.check_output_file(options.out, overwrite=options.overwrite)
 
 
 def _overlap(options: argparse.Namespace) -> None:
@@ -123,10 +119,11 @@ def _overlap(options: argparse.Namespace) -> None:
     if options.json:
         rows = dict(zip(names, found.shares, strict=True))
         report = {
+            "picture": options.out,
             "by_chance": dict(zip(names, found.densities, strict=True)),
             "overlap": {name: dict(zip(names, row, strict=True)) for name, row in rows.items()},
         }
-        print(json.dumps(report, indent=2))
+        actions.print_json(report)
         return
     print(overlaps_table(found))
     if options.out is not None:

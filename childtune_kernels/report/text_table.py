@@ -1,4 +1,4 @@
-"""Plain text: aligned columns, and percentages that fit them."""
+"""Plain text: aligned columns, and numbers that fit them."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def aligned(rows: Sequence[Sequence[str]]) -> str:
 def scientific(value: float) -> str:
     """A number in four significant digits, all of them written; ``0`` is zero and nothing else."""
     return f"{value:.3e}" if value else "0"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds in milliseconds: three digits that count, and no exponent."""
+    value = seconds * 1e3
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def percent(share: float) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from .environment import synchronize
+from .machine import synchronize
 
 #: Round → seconds of the step in that round.
 Seconds = dict[int, float]
@@ -35,21 +35,35 @@ def interleave(
     device: torch.device,
     after_round: Callable[[int], None] = lambda done: None,
     deadline: float = math.inf,
+    least: int = 1,
+    slow_every: int | None = None,
+    warm: bool = False,
 ) -> dict[str, Seconds]:
     """Time every contender once a round.
 
     What slows the machine for a while then hits all of them alike, and ratios within a round stay what
-    they are; the order is shuffled so that nobody always follows the same neighbour. After
-    ``deadline`` (of ``time.monotonic``) no further round begins, but one is always run.
+    they are; the order is shuffled so that nobody always follows the same neighbour.
+
+    Args:
+        contenders: by name.
+        rounds: how many there are at most.
+        device: where the steps run.
+        after_round: is told the number of rounds that are done.
+        deadline: of ``time.monotonic``; after it no further round begins.
+        least: so many rounds are run, whatever the deadline.
+        slow_every: slow ones take part in the first and every so many rounds; None: such that of all rounds
+            a median gets enough.
+        warm: they have stepped before and need no steps to warm up.
     """
     for contender in contenders.values():
-        for _ in range(1 if contender.slow else _WARM_UP_STEPS):
+        for _ in range(0 if warm else 1 if contender.slow else _WARM_UP_STEPS):
             contender.step()
     synchronize(device)
     seconds: dict[str, Seconds] = {name: {} for name in contenders}
     order = list(contenders)
     shuffle = random.Random(0).shuffle
-    slow_every = max(1, rounds // MINIMAL_ROUNDS)
+    if slow_every is None:
+        slow_every = max(1, rounds // MINIMAL_ROUNDS)
     collects = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -60,7 +74,7 @@ def interleave(
                 if index % slow_every == 0 or not contenders[name].slow:
                     seconds[name][index] = _timed(contenders[name].step, device)
             after_round(index + 1)
-            if time.monotonic() > deadline:
+            if index + 1 >= least and time.monotonic() > deadline:
                 break
     finally:
         if collects:
