@@ -83,48 +83,57 @@ def run_all(todo: Sequence[Run], grid: Grid, results: Results, options: argparse
     """Run what is not finished, task by task, and keep each result at once.
 
     Raises:
-        InputError: see ``tuned_task``.
+        InputError: see ``tuned_tasks``.
     """
-    tuned: Any = None
+    left = tuned_tasks({each.task: each.settings for each in todo}, options)
     with tqdm.tqdm(total=len(todo), unit="run", disable=None) as progress:
-        for each in todo:
-            if tuned is None or tuned.task.name != each.task:
-                tuned = tuned_task(each.task, each.settings, options)
+        for number, each in enumerate(todo):
             name = f"{each.task}, seed {each.seed}, {each.configuration.title}"
-            started = time.perf_counter()
             progress.set_postfix_str(name)
-            if each.configuration.method == "ct_d":
-                tuned.measure(each.seed, grid.shares["ct_d"])
 
             def tell(step: int, steps: int, name: str = name) -> None:
-                progress.set_postfix_str(f"{name}: step {step}/{steps}", refresh=False)
-                progress.update(0)
+                shown = step % 10 == 0 or step == steps
+                progress.set_postfix_str(f"{name}: step {step}/{steps}", refresh=shown)
 
-            scores = tuned.run(each, tell)
+            started = time.perf_counter()
+            if each.configuration.method == "ct_d":
+                left[each.task].measure(each.seed, grid.shares["ct_d"])
+            scores = left[each.task].run(each, tell)
             seconds = round(time.perf_counter() - started, 1)
             results.append(each, scores, seconds=seconds, versions=versions())
             progress.update()
+            if each.task not in {other.task for other in todo[number + 1 :]}:
+                del left[each.task]  # and its data
 
 
-def tuned_task(name: str, settings: Settings, options: argparse.Namespace) -> Any:
-    """Data, tokenizer and model of a task; slow imports happen here, after errors of the command line.
+def tuned_tasks(settings: dict[str, Settings], options: argparse.Namespace) -> dict[str, Any]:
+    """Data, tokenizer and model of all tasks: what is missing is said before the first run.
 
     Raises:
         InputError: what cannot be loaded, or a package that is missing.
     """
+    read = {}
+    sets = {
+        chosen.name: read_evaluation_set(chosen, folder) for chosen, folder in options.evaluate_on
+    }
+    for name, own in settings.items():
+        read[name] = read_task(TASKS[name], options.data)
+        count = len(read[name][0].texts)
+        if own.train_examples is not None and own.train_examples > count:
+            raise InputError(
+                f"--train-examples {own.train_examples} is more than the {count} of {name}"
+            )
     try:
         from glue_tasks.training import Tokens, TunedTask
     except ImportError as error:
         raise InputError(
             f"{error}; this example needs: python -m pip install transformers accelerate"
         ) from None
-    task = TASKS[name]
-    train, validation = read_task(task, options.data)
-    sets = {
-        chosen.name: read_evaluation_set(chosen, folder) for chosen, folder in options.evaluate_on
-    }
     tokens = Tokens(options.model, options.max_length)
-    return TunedTask(task, settings, tokens, train, validation, sets, options.cpu)
+    return {
+        name: TunedTask(TASKS[name], own, tokens, *read[name], sets, options.cpu)
+        for name, own in settings.items()
+    }
 
 
 def report(

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from finetuning.labelled_text import InputError
-from glue_tasks.tasks import PAIRS, EvaluationSet, HubSet, Task, plain
+from glue_tasks.tasks import INFERENCE, PAIRS, EvaluationSet, HubSet, Task, accepted_classes, plain
 
 LABEL_COLUMNS = ("label", "gold_label", "entailment_label")
 ENDINGS = ("csv", "tsv", "jsonl", "json", "parquet")
@@ -104,9 +104,14 @@ def read_evaluation_set(chosen: EvaluationSet, folder: Path | None) -> TextSet:
     if not names:
         if any(_is_number(value) for value in labels if not _is_hidden(value)):
             raise InputError(
-                f"{table.source}: its labels are numbers, and nothing says what they mean; write them as names"
+                f"{table.source}: its labels are numbers, and nothing says what they mean; write names"
             )
         names = tuple(sorted({plain(value) for value in labels if not _is_hidden(value)}))
+    if accepted_classes(names) is None:
+        raise InputError(
+            f"--evaluate-on {chosen.name}: the labels {', '.join(names)} of {table.source} cannot be "
+            f"mapped by name to {', '.join(INFERENCE)}; rename them in its files"
+        )
     return _text_set(table, pair, labels, names)
 
 
@@ -300,4 +305,4 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_hidden(label: Any) -> bool:
-    return plain(label) in _UNLABELLED
+    return str(label).strip().casefold() in _UNLABELLED

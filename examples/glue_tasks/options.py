@@ -174,7 +174,7 @@ def _add_grid_options(parser: argparse.ArgumentParser) -> None:
         "--scale-learning-rate",
         choices=("no", "yes", "both"),
         default="both",
-        help="CT_F at AdamW's rate, at that over sqrt(P), at which it moves weights as far, or as two methods "
+        help="CT_F at AdamW's rate, at that over sqrt(P), where it moves weights as far, or as two methods "
         "(default: both)",
     )
     rates = " ".join(f"{rate:g}" for rate in LEARNING_RATES)

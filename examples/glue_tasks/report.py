@@ -80,17 +80,12 @@ def results_of(
                 finished.append((configuration, [scores[run.key] for run in runs]))
         if not finished:
             continue
-
-        def best(among: list[tuple[Configuration, list[Scores]]]) -> Entry:
-            # Of equal ones the first: the smallest p and rate where the options give them so.
-            chosen, rows = max(among, key=lambda pair: _mean(pair[1], column.choose))
-            return Entry(chosen, tuple(row[column.show] for row in rows))
-
         shares = dict.fromkeys(configuration.reserve_p for configuration, _ in finished)
-        by_share = (
-            best([pair for pair in finished if pair[0].reserve_p == share]) for share in shares
-        )
-        found.append(MethodResult(method, len(finished), best(finished), tuple(by_share)))
+        by_share = [
+            _best([pair for pair in finished if pair[0].reserve_p == share], column)
+            for share in shares
+        ]
+        found.append(MethodResult(method, len(finished), _best(finished, column), tuple(by_share)))
     return found
 
 
@@ -208,8 +203,11 @@ def _name_on_plot(result: MethodResult) -> str:
     return name if share is None else f"{name} ({share:g})"
 
 
-def _mean(rows: Sequence[Scores], name: str) -> float:
-    return statistics.mean(row[name] for row in rows)
+def _best(among: Sequence[tuple[Configuration, list[Scores]]], column: Column) -> Entry:
+    # Of equal ones the first: the smallest p and rate where the options give them so.
+    means = [statistics.mean(row[column.choose] for row in rows) for _, rows in among]
+    chosen, rows = among[means.index(max(means))]
+    return Entry(chosen, tuple(row[column.show] for row in rows))
 
 
 def _aligned(rows: Sequence[Sequence[str]]) -> str:

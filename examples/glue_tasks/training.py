@@ -7,6 +7,7 @@ import random
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -105,19 +106,24 @@ class TunedTask:
     cpu: bool = False
 
     def __post_init__(self) -> None:
-        most = self.settings.train_examples
-        if most is not None and most > len(self.train.texts):
-            raise InputError(
-                f"--train-examples {most} is more than the {len(self.train.texts)} of {self.task.name}"
-            )
-        self._train = self.tokens.encode(self.train)
-        self._validation = self.tokens.encode(self.validation)
-        self._evaluate_on = {
-            name: (self.tokens.encode(texts), _right_classes(name, texts))
-            for name, texts in self.evaluate_on.items()
-        }
         self._masks: dict[float, ChildMask] = {}
         self._masks_seed: int | None = None
+
+    # Tokens are made when a task's first run asks for them.
+    @cached_property
+    def _train(self) -> Examples:
+        return self.tokens.encode(self.train)
+
+    @cached_property
+    def _validation(self) -> Examples:
+        return self.tokens.encode(self.validation)
+
+    @cached_property
+    def _evaluate_on(self) -> dict[str, tuple[Examples, np.ndarray]]:
+        return {
+            name: (self.tokens.encode(texts), right_classes(texts.label_names))
+            for name, texts in self.evaluate_on.items()
+        }
 
     def measure(self, seed: int, shares: Sequence[float]) -> None:
         """Measure Fisher information of a seed's model on its train set, and make CT_D's children of it."""
@@ -129,7 +135,7 @@ class TunedTask:
         with folder:
             fisher = fisher_of_train_set(
                 trainer,
-                layer_patterns(trainer.model),
+                layer_patterns(trainer.model),  # type: ignore[arg-type]
                 max_examples=settings.fisher_examples,
                 batch_size=settings.fisher_batch_size,
             )
@@ -168,7 +174,7 @@ class TunedTask:
     def _predicted(self, trainer: ChildTuningTrainer, examples: Examples) -> Any:
         # Without labels: those of another set's numbers would be another loss, or none.
         inputs = [{k: v for k, v in each.items() if k != "labels"} for each in examples]
-        logits = trainer.predict(inputs).predictions
+        logits = trainer.predict(inputs).predictions  # type: ignore[arg-type]
         logits = logits[0] if isinstance(logits, tuple) else logits
         return logits.argmax(1) if self.task.labels else logits[:, 0]
 
@@ -245,14 +251,9 @@ def halves(count: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(order[: count // 2]), np.sort(order[count // 2 :])
 
 
-def _right_classes(name: str, texts: TextSet) -> np.ndarray:
-    """(label of the set, class of the model) → whether the class is right."""
-    accepted = accepted_classes(texts.label_names)
-    if accepted is None:
-        raise InputError(
-            f"--evaluate-on {name}: its labels {', '.join(texts.label_names)} cannot be mapped by name to "
-            f"{', '.join(INFERENCE)}; rename them in its files"
-        )
+def right_classes(names: Sequence[str]) -> np.ndarray:
+    """(label of an evaluation set, class of the model) → whether the class is right."""
+    accepted = accepted_classes(names) or []
     return np.array([[label in each for label in INFERENCE] for each in accepted])
 
 
