@@ -155,6 +155,20 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
     return Recorder.runs
 
 
+def count_fisher_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """A list that gains the number of examples of each measurement."""
+    measured: list[int] = []
+    original = training.fisher_of_train_set
+
+    def counted(trainer: Any, *arguments: Any, **options: Any) -> Any:
+        fisher = original(trainer, *arguments, **options)
+        measured.append(fisher.examples)
+        return fisher
+
+    monkeypatch.setattr(training, "fisher_of_train_set", counted)
+    return measured
+
+
 class TestGrid:
     def test_the_papers_grid(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert glue.main(["--dry-run", "--scale-learning-rate", "no", "--seeds", "10"]) == 0
@@ -175,15 +189,7 @@ class TestGrid:
         monkeypatch: pytest.MonkeyPatch,
         capsys: pytest.CaptureFixture[str],
     ) -> None:
-        measured: list[int] = []
-        original = training.fisher_of_train_set
-
-        def counted(trainer: Any, *arguments: Any, **options: Any) -> Any:
-            fisher = original(trainer, *arguments, **options)
-            measured.append(fisher.examples)
-            return fisher
-
-        monkeypatch.setattr(training, "fisher_of_train_set", counted)
+        measured = count_fisher_runs(monkeypatch)
         options = options_of(made_up, tmp_path, "--tasks", "rte", "stsb", "--fisher-examples", "10")
         assert glue.main(options) == 0
         assert len(recorded) == 2 * 2 * 4
@@ -231,8 +237,10 @@ class TestGrid:
         self, made_up: Path, tmp_path: Path, recorded: list[dict[str, Any]],
         monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     ) -> None:  # fmt: skip
-        options = options_of(made_up, tmp_path, "--tasks", "rte", "--scale-learning-rate", "no")
+        options = options_of(made_up, tmp_path, "--tasks", "rte", "--methods", "vanilla", "ct_d",
+                             "--reserve-p-d", "0.1", "0.2")  # fmt: skip
         original = Results.append
+        measured = count_fisher_runs(monkeypatch)
 
         def stopped(results: Results, *arguments: Any, **others: Any) -> None:
             if len(results.scores) == 2:
@@ -247,6 +255,7 @@ class TestGrid:
         with file.open("a", encoding="utf-8") as half:
             half.write('{"run": {"task": "rt')
         recorded.clear()
+        measured.clear()
         assert glue.main([*options, "--report-only"]) == 0
         assert "no configuration is finished on all 2 seeds" in capsys.readouterr().out
         assert recorded == []
@@ -254,7 +263,10 @@ class TestGrid:
         printed = capsys.readouterr().out
         assert "6 runs in all, 4 to do; 2 Fisher runs" in printed
         assert "1 broken lines" in printed
-        assert [run["mode"][0] for run in recorded] == ["D", "none", "F", "D"]
+        assert [run["share"] for run in recorded] == [0.2, None, 0.1, 0.2]
+        shares = [run["mask"] and run["mask"].count() / run["mask"].numel() for run in recorded]
+        assert [share and round(share, 2) for share in shares] == [0.2, None, 0.1, 0.2]
+        assert measured == [TRAIN, TRAIN]  # once a seed
         recorded.clear()
         assert glue.main([*options, "--hold-out"]) == 0
         printed = capsys.readouterr().out
@@ -265,7 +277,7 @@ class TestGrid:
         assert "6 runs in all, 6 to do" in capsys.readouterr().out
         # What is CT_D's alone leaves the others' runs as they are.
         glue.main([*options, "--fisher-examples", "3", "--dry-run"])
-        assert "6 runs in all, 2 to do" in capsys.readouterr().out
+        assert "6 runs in all, 4 to do" in capsys.readouterr().out
 
 
 class TestChoice:

@@ -265,6 +265,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("runs/glue"),
         metavar="DIR",
-        help="results, a line a finished run, and the plot; a run whose options are there is not done again "
+        help="results, a line a finished run, and the plot; a run whose options are there is not done again, "
+        "so that other files in --data want another folder "
         "(default: runs/glue)",
     )
