@@ -1,13 +1,14 @@
-"""examples/glue.py: metrics, data, the grid on made-up tasks, going on where it stopped, transfer, errors."""
+"""examples/glue.py trains: the grid on made-up tasks, going on where it stopped, the choice, transfer."""
 
 from __future__ import annotations
 
-import csv
+import argparse
 import gc
 import json
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,84 +29,12 @@ from childtune_kernels.integrations.transformers import ChildTuningTrainer  # no
 from glue_tasks import data, grid, metrics, report, tasks, training  # noqa: E402
 from glue_tasks.results import Results  # noqa: E402
 
+from .made_up_glue import BATCH, TRAIN, VALIDATION, sentence, write_csv, write_data, write_model  # noqa: E402
+
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-WORDS = ["the", "printer", "server", "is", "out", "of", "paper", "lost", "its", "network", "not"]
-TRAIN, VALIDATION, BATCH = 24, 12, 4
 SHORT = ["--cpu", "--batch-size", str(BATCH), "--epochs", "1", "--seeds", "2", "--max-length", "16",
          "--learning-rates", "1e-3", "--reserve-p-f", "0.3", "--reserve-p-d", "0.2"]  # fmt: skip
-
-
-class TestMetrics:
-    def test_accuracy(self) -> None:
-        assert metrics.accuracy([1, 0, 1, 1], [1, 0, 0, 1]) == 75
-
-    def test_f1_is_of_class_one(self) -> None:
-        # Two hits of three said and four there: precision 2/3, recall 1/2.
-        assert metrics.f1([1, 1, 1, 0, 0, 0], [1, 1, 0, 1, 1, 0]) == pytest.approx(100 * 4 / 7)
-        assert metrics.f1([0, 0], [1, 0]) == 0
-
-    def test_matthews(self) -> None:
-        # Of class 1: 2 hits, 1 false, 1 missed; 1 right 0: (2·1 − 1·1) / √(3·3·2·2).
-        assert metrics.matthews([1, 1, 1, 0, 0], [1, 1, 0, 1, 0]) == pytest.approx(100 / 6)
-        assert metrics.matthews([0, 1], [1, 0]) == pytest.approx(-100)
-        assert metrics.matthews([1, 1, 1], [1, 0, 1]) == 0
-
-    def test_spearman(self) -> None:
-        assert metrics.spearman([0.1, 0.2, 9.0, 10.0], [1, 2, 3, 4]) == pytest.approx(100)
-        # Ranks 1, 2.5, 2.5, 4 and 1, 2, 3, 4: covariance 4.5, variances 4.5 and 5.
-        assert metrics.spearman([0, 5, 5, 6], [1, 2, 3, 4]) == pytest.approx(
-            100 * 4.5 / math.sqrt(4.5 * 5)
-        )
-        assert metrics.spearman([2.0, 2.0], [1, 2]) == 0
-
-    def test_every_task_has_one_and_the_papers_four_have_the_papers(self) -> None:
-        assert {task.metric for task in tasks.TASKS.values()} <= set(metrics.METRICS)
-        found = [tasks.TASKS[name].metric for name in tasks.PAPER_TASKS]
-        assert found == ["accuracy", "F1", "Matthews correlation", "Spearman correlation"]
-
-
-def sentence(number: int) -> str:
-    return " ".join(WORDS[(number * step) % len(WORDS)] for step in (1, 2, 3, 5))
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open("w", newline="", encoding="utf-8") as file:
-        csv.writer(file).writerows([header, *rows])
-
-
-@pytest.fixture(scope="module")
-def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a tiny BERT, and data of RTE, STS-B and MNLI."""
-    folder = tmp_path_factory.mktemp("glue")
-    model, vocabulary = folder / "model", ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS]
-    model.mkdir()
-    (model / "vocab.txt").write_text("\n".join(vocabulary) + "\n", encoding="utf-8")
-    configuration = transformers.BertConfig(
-        vocab_size=len(vocabulary), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-        intermediate_size=32, max_position_embeddings=32,
-    )  # fmt: skip
-    transformers.set_seed(0)
-    transformers.BertModel(configuration).save_pretrained(model)  # heads are drawn by the seed
-    transformers.BertTokenizerFast.from_pretrained(model).save_pretrained(model)
-    pair, inference = ("sentence1", "sentence2", "label"), ("premise", "hypothesis", "label")
-    for split, count in (("train", TRAIN), ("validation", VALIDATION)):
-        names = tasks.TASKS["rte"].labels
-        rows = [(sentence(n), sentence(n + n % 2), names[n % 2]) for n in range(count)]
-        write_csv(folder / "rte" / f"{split}.csv", pair, rows)
-        lines = [
-            json.dumps(
-                dict(zip(pair, (sentence(n), sentence(n + n % 5), n % 5 + 0.25), strict=True))
-            )
-            for n in range(count)
-        ]
-        (folder / "stsb").mkdir(exist_ok=True)
-        (folder / "stsb" / f"{split}.jsonl").write_text("\n".join(lines), encoding="utf-8")
-        numbered = [(sentence(n), sentence(n + n % 3), n % 3) for n in range(count)]
-        name = {"validation": "validation_matched"}.get(split, split)
-        write_csv(folder / "mnli" / f"{name}.csv", inference, numbered)
-    return folder
 
 
 def options_of(folder: Path, out: Path, *more: str) -> list[str]:
@@ -137,6 +66,15 @@ class Recorder(ChildTuningTrainer):
     def training_step(self, *arguments: Any, **options: Any) -> Any:
         self.rates.append(self.optimizer.param_groups[0]["lr"])  # type: ignore[union-attr]
         return super().training_step(*arguments, **options)
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny BERT, and data of RTE, STS-B and MNLI."""
+    folder = tmp_path_factory.mktemp("glue")
+    write_model(folder)
+    write_data(folder)
+    return folder
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -332,136 +270,56 @@ class TestTransfer:
         assert scores["on two"] == pytest.approx(100 * 4 / 6)
         assert scores["validation"] == 100
 
-    def test_another_order_of_numbers_with_names(self) -> None:
-        columns: dict[str, list[Any]] = {
-            "premise": ["a"] * 3,
-            "hypothesis": ["b"] * 3,
-            "label": [0, 1, 2],
-        }
-        names = ("contradiction", "entailment", "neutral")
-        table = data.Table(columns, names, "made up")
-        assert data._of_task(table, tasks.TASKS["mnli"]).labels == [2, 0, 1]
-        assert np.argmax(training.right_classes(names), axis=1).tolist() == [2, 0, 1]
+
+class Says:
+    """A Trainer that predicts given logits."""
+
+    def __init__(self, logits: np.ndarray) -> None:
+        self.logits = logits
+
+    def predict(self, examples: Any) -> Any:
+        assert not any("labels" in each for each in examples)
+        return argparse.Namespace(predictions=self.logits[: len(examples)])
 
 
-class TestData:
-    def test_parquet_files_name_their_labels(self, tmp_path: Path) -> None:
-        datasets = pytest.importorskip("datasets")
-        names = ["not_entailment", "entailment"]
-        features = datasets.Features(
-            {each: datasets.Value("string") for each in ("sentence1", "sentence2")}
-            | {"label": datasets.ClassLabel(names=names)}
-        )
-        (tmp_path / "rte").mkdir()
-        for name in ("train-00000-of-00002", "train-00001-of-00002", "validation-00000-of-00001"):
-            rows = {"sentence1": ["a", "b"], "sentence2": ["c", "d"], "label": [1, 0]}
-            made = datasets.Dataset.from_dict(rows, features)
-            made.to_parquet(tmp_path / "rte" / f"{name}.parquet")
-        train, validation = data.read_task(tasks.TASKS["rte"], tmp_path)
-        assert train.labels == [0, 1, 0, 1]
-        assert validation.texts == [("a", "c"), ("b", "d")]
+class TestOneTask:
+    SETTINGS = grid.Settings("m", "d", 8, 4, 3, 0.1, 0.25, False, 10, (), None, 1)
 
-    def test_tsv_files_have_no_quoting_and_hidden_labels_are_left_out(self, tmp_path: Path) -> None:
-        (tmp_path / "cola").mkdir()
-        text = 'sentence\tlabel\n"He said" so.\t1\nNot "so\t0\nhidden\t-1\n'
-        for split in ("train", "validation"):
-            (tmp_path / "cola" / f"{split}.tsv").write_text(text, encoding="utf-8")
-        train, _ = data.read_task(tasks.TASKS["cola"], tmp_path)
-        assert train.texts == [('"He said" so.',), ('Not "so',)]
-        assert train.labels == [1, 0]
+    def tuned(self, made_up: Path, name: str) -> training.TunedTask:
+        task, tokens = tasks.TASKS[name], training.Tokens(str(made_up / "model"), max_length=8)
+        train, validation = data.read_task(task, made_up)
+        return training.TunedTask(task, self.SETTINGS, tokens, train, validation, {}, cpu=True)
 
+    def test_a_regression_is_scored_by_its_values(self, made_up: Path) -> None:
+        tuned = self.tuned(made_up, "stsb")
+        values = np.exp(np.array(tuned.validation.labels))[:, None]
+        assert tuned._scores(Says(values))["validation"] == pytest.approx(100)  # type: ignore[arg-type]
 
-class TestErrors:
-    def error(self, capsys: pytest.CaptureFixture[str], *options: str) -> str:
-        assert glue.main([*options, "--cpu"]) == 2
-        message = capsys.readouterr().err
-        assert len(message.strip().splitlines()) == 1
-        return message
+    def test_classes_are_scored_by_the_tasks_metric_on_both_halves(self, made_up: Path) -> None:
+        tuned = self.tuned(made_up, "rte")
+        tuned.task = replace(tuned.task, metric="F1")
+        classes = np.ones(VALIDATION, dtype=int)
+        scores = tuned._scores(Says(np.eye(2)[classes]))  # type: ignore[arg-type]
+        labels = np.array(tuned.validation.labels)
+        assert scores["validation"] == pytest.approx(200 / 3)  # half of them are of class 1
+        for name, rows in zip(
+            ("first_half", "second_half"), training.halves(VALIDATION), strict=True
+        ):
+            assert scores[name] == metrics.f1(classes[rows], labels[rows])
 
-    def test_no_hub(
-        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        datasets = pytest.importorskip("datasets")
-
-        def unreachable(*arguments: Any, **options: Any) -> None:
-            raise ConnectionError("Couldn't reach 'nyu-mll/glue' on the Hub\nand so on")
-
-        monkeypatch.setattr(datasets, "load_dataset", unreachable)
-        message = self.error(capsys, "--tasks", "mrpc", "--out", str(tmp_path))
-        assert "cannot load nyu-mll/glue/mrpc from the hub (Couldn't reach" in message
-        assert "give --data FOLDER with a subfolder mrpc" in message
-        assert "columns sentence1, sentence2, label" in message
-        monkeypatch.setitem(sys.modules, "datasets", None)
-        message = self.error(capsys, "--tasks", "mrpc", "--out", str(tmp_path))
-        assert "python -m pip install datasets; or give --data FOLDER" in message
-        assert not list(tmp_path.iterdir())
-
-    def test_missing_folder_file_and_column(
-        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        given = ("--tasks", "rte", "--data", str(tmp_path), "--out", str(tmp_path / "out"))
-        assert f"no such folder: {tmp_path / 'rte'}" in self.error(capsys, *given)
-        write_csv(tmp_path / "rte" / "validation.csv", ("sentence1", "label"), [("a", "0")])
-        assert "has no file train.(csv|tsv" in self.error(capsys, *given)
-        write_csv(tmp_path / "rte" / "train.csv", ("sentence1", "label"), [("a", "0")])
-        message = self.error(capsys, *given)
-        assert "has no column 'sentence2'; its columns are 'sentence1', 'label'" in message
-
-    @pytest.mark.parametrize("label", ["2", "maybe", "0.5"])
-    def test_unknown_label(
-        self, label: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        for split in ("train", "validation"):
-            header = ("sentence1", "sentence2", "label")
-            write_csv(tmp_path / "rte" / f"{split}.csv", header, [("a", "b", label)])
-        message = self.error(capsys, "--tasks", "rte", "--data", str(tmp_path))
-        assert (
-            f"has a label '{label}'; expected are 0 or entailment, 1 or not_entailment" in message
-        )
-
-    def test_labels_that_cannot_be_mapped(
-        self, made_up: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        header = ("premise", "hypothesis", "label")
-        given = (
-            "--transfer",
-            "--tasks",
-            "mnli",
-            "--data",
-            str(made_up),
-            "--evaluate-on",
-            f"x={tmp_path}",
-        )
-        write_csv(tmp_path / "test.csv", header, [("a", "b", "true"), ("a", "b", "false")])
-        message = self.error(capsys, *given)
-        assert "--evaluate-on x: the labels false, true of " in message
-        assert "cannot be mapped by name to entailment, neutral, contradiction" in message
-        write_csv(tmp_path / "test.csv", header, [("a", "b", "1"), ("a", "b", "0")])
-        assert "its labels are numbers, and nothing says what they mean" in self.error(
-            capsys, *given
-        )
-
-    def test_more_training_examples_than_there_are(
-        self, made_up: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        given = ("--tasks", "rte", "--data", str(made_up), "--train-examples", "25")
-        assert f"--train-examples 25 is more than the {TRAIN} of rte" in self.error(capsys, *given)
-
-    @pytest.mark.parametrize(
-        ("options", "said"),
-        [
-            (["--tasks", "squad"], "invalid choice: 'squad'"),
-            (["--warmup-ratio", "1"], "not within [0, 1)"),
-            (["--epochs", "cola=6", "--tasks", "rte"], "cola is not among --tasks rte"),
-            (["--evaluate-on", "sick"], "no effect without --transfer"),
-            (["--transfer", "--tasks", "rte"], "--transfer starts from mnli or snli, not from rte"),
-            (["--transfer", "--evaluate-on", "hans"], "neither NAME=FOLDER nor one of mnli-m"),
-            (["--transfer", "--data", "x"], "needs --evaluate-on"),
-        ],
-    )
-    def test_options(
-        self, options: list[str], said: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        with pytest.raises(SystemExit, match="2"):
-            glue.main(options)
-        assert said in capsys.readouterr().err
+    def test_the_trainer_gets_the_settings(self, made_up: Path) -> None:
+        tuned = self.tuned(made_up, "rte")
+        drawn = []
+        for seed in (0, 1, 1):
+            plain = training.ChildTuningArguments("none")
+            trainer, folder = tuned._trainer(seed, 1e-3, plain)
+            with folder:
+                arguments = trainer.args
+                assert (arguments.weight_decay, arguments.per_device_train_batch_size) == (0.25, 4)
+                assert arguments.warmup_steps == 1  # of 9: 3 epochs of 3 batches
+                assert (arguments.seed, arguments.num_train_epochs) == (seed, 3)
+                drawn.append([each["input_ids"] for each in trainer.train_dataset])  # type: ignore[union-attr]
+        assert [len(rows) for rows in drawn] == [10] * 3
+        assert drawn[0] != drawn[1]
+        assert drawn[1] == drawn[2]
+        assert max(map(len, drawn[0])) == 8  # two sentences of four words and three marks, cut off
