@@ -1,0 +1,1 @@
+"""Rooms of glue.py: tasks, data, metrics, the grid of runs, one run, results, the report."""
