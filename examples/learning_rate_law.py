@@ -16,6 +16,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+from childtune_kernels import FusedChildAdamW
 from finetuning.labelled_text import (
     Split,
     fine_tuning_sections,
@@ -27,12 +33,6 @@ from finetuning.option_types import whole_number
 from finetuning.pretraining import pretrain
 from finetuning.text_models import SmallEncoderSource
 from finetuning.training import TextTask, TuningSettings, fine_tune
-from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
-from tqdm import tqdm
-
-from childtune_kernels import FusedChildAdamW
 
 SHARES = (0.05, 0.1, 0.2, 0.3, 0.4, 0.6, 0.8, 1.0)
 TUNED_SHARES = (1.0, 0.3, 0.1)
