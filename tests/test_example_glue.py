@@ -51,12 +51,12 @@ class Recorder(ChildTuningTrainer):
         self.rates: list[float] = []
         weights = [each.detach().clone() for each in self.model.parameters()]  # type: ignore[union-attr]
         output = super().train(*arguments, **options)
-        tuning = self.child_tuning
+        tuning, mask = self.child_tuning, self.child_mask
         Recorder.runs.append(
             {
                 "mode": (tuning.child_mode, tuning.scale_learning_rate),
-                "share": tuning.reserve_p,
-                "mask": self.child_mask,
+                "share": round(mask.density(), 2) if mask else tuning.reserve_p,
+                "mask": mask,
                 "rates": self.rates,
                 "weights": np.concatenate([each.numpy().ravel() for each in weights]),
             }

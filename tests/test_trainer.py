@@ -199,7 +199,7 @@ class TestMeasuring:
 
         trainer.train_dataset = Noisy(data_of("Bert"))
         states = random_states()
-        fisher = fisher_of_train_set(trainer)
+        fisher = fisher_of_train_set(trainer, "*")
         assert fisher.examples == len(seen) == EXAMPLES
         assert not any(seen)
         after = random_states()

@@ -123,7 +123,6 @@ def test_the_optimizer_has_the_options(tmp_path: Path) -> None:
         ({"optim_args": "a=1"}, {}, "optim_args='a=1' is not read; use optimizer_options"),
         ({}, {"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "optimizers or"),
         ({}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1})}, "optimizers or"),
-        ({}, {"child_mask": ChildMask.from_dense({"a": torch.ones(2) > 0})}, "child_mask has no effect"),
     ],
 )  # fmt: skip
 def test_settings_that_would_mislead_are_refused(
@@ -178,10 +177,7 @@ def test_a_mask_that_was_given_is_the_child(tmp_path: Path) -> None:
     bits = {n: torch.rand(p.shape) < 0.2 for n, p in model.named_parameters() if ".h." in n}
     dense = [name for name, _ in model.named_parameters() if ".h." not in name]
     mask = ChildMask.from_dense(bits, dense=dense)
-    tuning = ChildTuningArguments("D", 0.9)  # of what is measured, which is nothing
-    trainer = trainer_of(
-        tmp_path, tuning, "GPT2", model=model, trainer_options={"child_mask": mask}
-    )
+    trainer = trainer_of(tmp_path, ChildTuningArguments("D", child_mask=mask), "GPT2", model=model)
     before = weights_of(model)
     trainer.train()
     for name, bit in bits.items():
@@ -277,8 +273,7 @@ def trained_on_ranks(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor],
             train_dataset=data_of("Bert", 7),
             child_tuning=ChildTuningArguments("D", 0.1, fisher_examples=5),
         )
-        patterns = layer_patterns(model_of("Bert"))
-        fisher = fisher_of_train_set(trainer, patterns, max_examples=5)
+        fisher = fisher_of_train_set(trainer, max_examples=5)
         trainer.train()
         assert trainer.child_mask is not None
         return fisher.values(), weights_of(trainer.model), trainer.child_mask
@@ -294,7 +289,7 @@ def test_ranks_share_the_examples_and_the_child(ranks: Ranks, tmp_path: Path) ->
     trainer = trainer_of(
         tmp_path / "one", ChildTuningArguments("D", 0.1), train_set=data_of("Bert", 7)
     )
-    alone = fisher_of_train_set(trainer, layer_patterns(model_of("Bert")), max_examples=5)
+    alone = fisher_of_train_set(trainer, max_examples=5)
     (fisher, weights, mask), other = ranks.run(2, trained_on_ranks, str(tmp_path / "two"))
     assert_same_bits(fisher, other[0])
     assert_same_bits(weights, other[1])

@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
 from ..fisher import FisherAccumulator
-from ..fisher_scope import Patterns
+from ..fisher_scope import Patterns, layer_patterns
 from ..progress import progress_of
 
 
@@ -39,7 +39,8 @@ def fisher_of_train_set(
 
     Args:
         trainer: before its first step, with the whole model on every rank (no FSDP, no DeepSpeed).
-        include, exclude: as for ``FisherAccumulator``.
+        include, exclude: as for ``FisherAccumulator``, but that without both the scope is that of
+            ``layer_patterns``; ``include="*"`` takes all weights.
         max_examples: measure at most so many, drawn without replacement; None: all of them.
         batch_size: examples a backward; 1 squares the gradient of each, as the paper has it.
         seed: of the draw; None: the Trainer's.
@@ -53,6 +54,8 @@ def fisher_of_train_set(
     """
     seed = trainer.args.seed if seed is None else seed
     model: Any = trainer.model
+    if include is None and not exclude:
+        include = layer_patterns(model)
     with _left_as_it_was(trainer, model):
         loader = trainer.get_train_dataloader()
         if isinstance(loader.dataset, IterableDataset):

@@ -6,6 +6,7 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+from ..child_mask import ChildMask
 from ..group_options import keep_threshold
 from ..optimizer import FusedChildAdamW
 
@@ -33,7 +34,7 @@ class ChildTuningArguments:
             highest Fisher information, measured on the train set before the first step. ``"none"``: AdamW.
         reserve_p: F: the probability that a gradient element is kept. D: the share of the weights in
             scope that are in the child. In (0, 1].
-        child_mask: D: a file that ``ChildMask.save`` wrote, in the place of measuring.
+        child_mask: D: the child, a ``ChildMask`` or the file that one was saved in; nothing is measured.
         child_include, child_exclude: D: patterns (``fnmatch``) on parameter names: which weights may be
             in the child; all others train densely. Neither: the layers, see ``layer_patterns``.
         child_granularity: D: 1, or a multiple of 32: whole runs of so many weights are in or out.
@@ -65,7 +66,8 @@ class ChildTuningArguments:
             "help": "F: probability that a gradient element is kept; D: share of weights in the child"
         },
     )
-    child_mask: str | None = field(
+    # HfArgumentParser takes the second of three types.
+    child_mask: ChildMask | str | None = field(
         default=None,
         metadata={"help": "D: a mask file, in the place of measuring Fisher information"},
     )
@@ -167,8 +169,8 @@ class ChildTuningArguments:
                 )
             if self.child_mask is not None and name != "child_mask":
                 raise ValueError(
-                    f"{name}={value!r} has no effect beside child_mask={self.child_mask!r}, which says what "
-                    "is in the child; leave one out"
+                    f"{name}={value!r} has no effect beside child_mask={self.child_mask!r}, which says "
+                    "what is in the child; leave one out"
                 )
         for name in ("fisher_examples", "fisher_batch_size"):
             value = getattr(self, name)

@@ -76,7 +76,6 @@ class ChildTuningTrainer(Trainer):
 
     Args:
         child_tuning: the choices, see ``ChildTuningArguments``.
-        child_mask: mode D: the child, in the place of measuring.
         others: as for the Trainer.
 
     Attributes:
@@ -99,20 +98,11 @@ class ChildTuningTrainer(Trainer):
         self,
         *arguments: Any,
         child_tuning: ChildTuningArguments,
-        child_mask: ChildMask | None = None,
         **options: Any,
     ) -> None:
-        if child_mask is not None and (
-            child_tuning.child_mode != "D" or child_tuning.child_mask is not None
-        ):
-            raise ValueError(
-                f"child_mask has no effect in mode {child_tuning.child_mode}, or beside the file "
-                f"{child_tuning.child_mask!r}; give one of them, in mode D"
-            )
         super().__init__(*arguments, **options)
         self.child_tuning = child_tuning
-        self.child_mask = child_mask
-        self._mask_was_given = child_mask is not None
+        self.child_mask: ChildMask | None = None
         self._resumed_from: str | None = None
         self._check_setting()
 
@@ -137,7 +127,7 @@ class ChildTuningTrainer(Trainer):
                 "could name; use DistributedDataParallel or FSDP2"
             )
         measures = self.child_tuning.child_mode == "D" and self.child_tuning.child_mask is None
-        if self.is_fsdp_enabled and measures and self.child_mask is None:
+        if self.is_fsdp_enabled and measures:
             raise ValueError(
                 "mode D cannot measure Fisher information under FSDP, where ranks may have no weights until "
                 "the model is sharded; measure on one device and give child_mask"
@@ -168,7 +158,7 @@ class ChildTuningTrainer(Trainer):
         model = self.model if model is None else model
         tuning, arguments = self.child_tuning, self.args
         self._check_resumed_mode()
-        if tuning.child_mode == "D" and not self._mask_was_given:
+        if tuning.child_mode == "D":
             self.child_mask = self._find_or_measure()
         self._write_mask(self._folder)
         self.optimizer = FusedChildAdamW(
@@ -252,14 +242,13 @@ class ChildTuningTrainer(Trainer):
                     f"resume_from_checkpoint: {folder} has no {MASK_NAME}, nor has the folder above it, and "
                     "measuring at resumed weights would give another child; give the run's as child_mask"
                 )
+        if isinstance(tuning.child_mask, ChildMask):
+            return tuning.child_mask
         if tuning.child_mask is not None:
             return ChildMask.load(tuning.child_mask)
-        include = tuning.child_include
-        if include is None and tuning.child_exclude is None:
-            include = layer_patterns(self.model)  # type: ignore[arg-type]
         fisher = fisher_of_train_set(
             self,
-            include,
+            tuning.child_include,
             tuning.child_exclude or (),
             max_examples=tuning.fisher_examples,
             batch_size=tuning.fisher_batch_size,
@@ -273,7 +262,7 @@ class ChildTuningTrainer(Trainer):
             "%s; measured on %d examples; what may be in it: %s; dense: %d other weights",
             mask,
             fisher.examples,
-            include or "all",
+            ", ".join(fisher.include or ["all"]),
             len(mask.dense_names),
         )
         return mask

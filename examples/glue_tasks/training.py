@@ -15,7 +15,7 @@ import torch
 import transformers
 from transformers import DataCollatorWithPadding, TrainingArguments
 
-from childtune_kernels import ChildMask, layer_patterns
+from childtune_kernels import ChildMask
 from childtune_kernels.integrations.transformers import (
     ChildTuningArguments,
     ChildTuningTrainer,
@@ -135,7 +135,6 @@ class TunedTask:
         with folder:
             fisher = fisher_of_train_set(
                 trainer,
-                layer_patterns(trainer.model),  # type: ignore[arg-type]
                 max_examples=settings.fisher_examples,
                 batch_size=settings.fisher_batch_size,
             )
@@ -152,7 +151,7 @@ class TunedTask:
         chosen = run.configuration
         mask = self._masks[chosen.reserve_p] if chosen.method == "ct_d" else None  # type: ignore[index]
         trainer, folder = self._trainer(
-            run.seed, chosen.learning_rate, child_tuning_of(chosen), mask, on_step
+            run.seed, chosen.learning_rate, child_tuning_of(chosen, mask), on_step
         )
         with folder:
             trainer.train()
@@ -183,7 +182,6 @@ class TunedTask:
         seed: int,
         learning_rate: float,
         tuning: ChildTuningArguments,
-        mask: ChildMask | None = None,
         on_step: OnStep | None = None,
         bar: bool = False,
     ) -> tuple[ChildTuningTrainer, tempfile.TemporaryDirectory[str]]:
@@ -219,7 +217,6 @@ class TunedTask:
             train_dataset=examples,
             data_collator=DataCollatorWithPadding(self.tokens.tokenizer),
             child_tuning=tuning,
-            child_mask=mask,
             callbacks=[] if on_step is None else [_TellSteps(on_step)],
         )
         trainer.remove_callback(transformers.PrinterCallback)
@@ -234,12 +231,12 @@ class _TellSteps(transformers.TrainerCallback):
         self._on_step(state.global_step, state.max_steps)
 
 
-def child_tuning_of(chosen: Configuration) -> ChildTuningArguments:
-    """What the Trainer is told of a configuration."""
+def child_tuning_of(chosen: Configuration, mask: ChildMask | None) -> ChildTuningArguments:
+    """What the Trainer is told of a configuration; ``mask``: CT_D's child."""
     if chosen.method == "vanilla":
         return ChildTuningArguments("none")
     if chosen.method == "ct_d":
-        return ChildTuningArguments("D", chosen.reserve_p, child_checkpoint=False)
+        return ChildTuningArguments("D", child_mask=mask, child_checkpoint=False)
     return ChildTuningArguments(
         "F", chosen.reserve_p, scale_learning_rate=chosen.method == "ct_f_scaled"
     )
