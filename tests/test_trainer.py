@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import math
 import random
-import shutil
 import warnings
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,6 @@ from childtune_kernels import (
     FisherAccumulator,
     FusedChildAdamW,
     apply_child,
-    load_child,
     lr_for,
 )
 
@@ -25,7 +24,10 @@ from .cases import assert_same_bits
 
 pytest.importorskip("transformers")
 
+from transformers import TrainerCallback
+
 from childtune_kernels import layer_patterns
+from childtune_kernels.integrations import train_set
 from childtune_kernels.integrations import transformers as integration
 from childtune_kernels.integrations.transformers import (
     ChildTuningArguments,
@@ -64,6 +66,12 @@ def random_states() -> tuple[Any, list[int], torch.Tensor]:
     return random.getstate(), numbers, torch.get_rng_state()
 
 
+def moved(before: Any, after: Any) -> bool:
+    """Whether training has changed several tensors: a comparison of runs would pass on a no-op."""
+    pairs = zip(before.parameters(), after.parameters(), strict=True)
+    return sum(not torch.equal(one, other) for one, other in pairs) >= 3
+
+
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 class TestEveryArchitecture:
     def test_the_layers_are_found(self, architecture: str) -> None:
@@ -83,7 +91,7 @@ class TestEveryArchitecture:
         trainer = trainer_of(tmp_path, D, architecture)
         trainer.train()
         model, examples = model_of(architecture), data_of(architecture)
-        mask = child_by_loop(model, examples, [LAYERS[architecture]], 0.1)
+        mask = child_by_loop(trainer, model, examples, [LAYERS[architecture]], 0.1)
         assert trainer.child_mask == mask
         train_by_loop(
             trainer, model, examples, lambda groups: loop_optimizer(groups, child_mask=mask)
@@ -96,6 +104,7 @@ class TestEveryArchitecture:
         trainer = trainer_of(tmp_path, D, architecture)
         trainer.train()
         base = model_of(architecture)
+        assert moved(base, trainer.model)
         apply_child(base, tmp_path / integration.CHILD_NAME)
         assert_same_bits(weights_of(base), weights_of(trainer.model))
 
@@ -113,7 +122,7 @@ def test_gradients_are_accumulated_then_clipped_then_masked(tmp_path: Path) -> N
     trainer = trainer_of(tmp_path, D, gradient_accumulation_steps=2, max_steps=3)
     trainer.train()
     model, examples = model_of("Bert"), data_of("Bert")
-    mask = child_by_loop(model, examples, [LAYERS["Bert"]], 0.1)
+    mask = child_by_loop(trainer, model, examples, [LAYERS["Bert"]], 0.1)
     optimizer = train_by_loop(
         trainer,
         model,
@@ -147,8 +156,19 @@ def test_where_the_trainer_clips_it_comes_to_the_same(
 
 @pytest.mark.parametrize(("limit", "expected"), [(0.0, None), (0.5, 0.5)])
 def test_what_is_logged(tmp_path: Path, limit: float, expected: float | None) -> None:
-    trainer = trainer_of(tmp_path, D, max_grad_norm=limit)
+    reported: list[dict[str, Any]] = []
+
+    class Reporter(TrainerCallback):
+        def on_log(self, args: Any, state: Any, control: Any, **others: Any) -> None:
+            reported.append(others["logs"])
+
+    options = {"callbacks": [Reporter()]}
+    trainer = trainer_of(tmp_path, D, max_grad_norm=limit, trainer_options=options)
     trainer.train()
+    # What reports to TensorBoard and others is a callback like this one.
+    assert [log.get("child_density") for log in reported] == [
+        log.get("child_density") for log in trainer.state.log_history
+    ]
     mask = trainer.child_mask
     assert mask is not None
     total = sum(each.numel() for each in trainer.model.parameters())
@@ -178,6 +198,7 @@ class TestMeasuring:
             dropout=True,
         )
         given.train()
+        assert moved(model_of("Bert"), given.model)
         assert_same_bits(weights_of(measured.model), weights_of(given.model))
 
     def test_the_trainer_is_left_as_it_was(self, tmp_path: Path) -> None:
@@ -231,6 +252,25 @@ class TestMeasuring:
         assert_same_bits(sums[0].values(), sums[1].values())
         assert any(not torch.equal(sums[0][name], sums[2][name]) for name in sums[0].names)
         assert fisher_of_train_set(trainer, max_examples=1000).examples == EXAMPLES
+        tuning = ChildTuningArguments("D", 0.1, fisher_examples=3, child_seed=2)
+        trainer = trainer_of(tmp_path, tuning)
+        trainer.create_optimizer()
+        assert trainer.child_mask == sums[2].child_mask(0.1) != sums[0].child_mask(0.1)
+
+    @pytest.mark.parametrize("silent", [False, True])
+    def test_a_bar_shows_the_backwards(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, silent: bool
+    ) -> None:
+        totals: list[int] = []
+
+        def progress_of(items: Any, what: str, total: int) -> Any:
+            totals.append(total)
+            return items
+
+        monkeypatch.setattr(train_set, "progress_of", progress_of)
+        trainer = trainer_of(tmp_path, D, disable_tqdm=silent)
+        fisher_of_train_set(trainer, batch_size=3)
+        assert totals == ([] if silent else [math.ceil(EXAMPLES / 3)])
 
     def test_batches_are_another_quantity_and_the_last_may_be_short(self, tmp_path: Path) -> None:
         trainer = trainer_of(tmp_path, D)
@@ -241,7 +281,9 @@ class TestMeasuring:
     def test_a_stream_is_cut_to_examples(self, tmp_path: Path) -> None:
         class Stream(torch.utils.data.IterableDataset):
             def __iter__(self) -> Any:
-                return iter(data_of("Bert"))
+                for number in range(100):
+                    yield data_of("Bert")[number % EXAMPLES]
+                raise AssertionError("read on, though there were enough")
 
         trainer = trainer_of(tmp_path, D, train_set=Stream())
         with pytest.raises(ValueError, match="fisher_examples is missing"):
@@ -296,67 +338,6 @@ class TestMeasuring:
         assert not (tmp_path / integration.CHILD_NAME).exists()
 
 
-class TestResuming:
-    @pytest.fixture
-    def nobody_measures(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        def refuse(*arguments: Any, **options: Any) -> None:
-            raise AssertionError("measured again")
-
-        monkeypatch.setattr(integration, "fisher_of_train_set", refuse)
-
-    def saved(self, folder: Path, tuning: ChildTuningArguments) -> dict[str, torch.Tensor]:
-        """The weights of a run of four steps that was saved after two."""
-        trainer = trainer_of(folder, tuning, dropout=True, save_strategy="steps", save_steps=2)
-        trainer.train()
-        return weights_of(trainer.model)
-
-    @pytest.mark.parametrize("tuning", [F, D], ids=["F", "D"])
-    def test_a_resumed_run_ends_in_the_same_bits(
-        self, tmp_path: Path, tuning: ChildTuningArguments, request: pytest.FixtureRequest
-    ) -> None:
-        expected = self.saved(tmp_path, tuning)
-        shutil.rmtree(tmp_path / "checkpoint-4")
-        request.getfixturevalue("nobody_measures")
-        resumed = trainer_of(tmp_path, tuning, dropout=True)
-        resumed.train(resume_from_checkpoint=True)
-        assert resumed.state.global_step == 4
-        assert_same_bits(weights_of(resumed.model), expected)
-        if tuning is D:
-            load_child(tmp_path / integration.CHILD_NAME)
-
-    def test_the_mask_is_that_of_the_checkpoint(
-        self, tmp_path: Path, request: pytest.FixtureRequest
-    ) -> None:
-        self.saved(tmp_path / "first", D)
-        checkpoint = tmp_path / "first" / "checkpoint-2"
-        assert (checkpoint / integration.MASK_NAME).exists()
-        request.getfixturevalue("nobody_measures")
-        other = trainer_of(tmp_path / "second", ChildTuningArguments("D", 0.2), dropout=True)
-        other.train(resume_from_checkpoint=str(checkpoint))
-        assert other.child_mask == ChildMask.load(checkpoint / integration.MASK_NAME)
-        (checkpoint / integration.MASK_NAME).unlink()
-        above = trainer_of(tmp_path / "third", D, dropout=True)
-        above.train(resume_from_checkpoint=str(checkpoint))
-        assert above.child_mask == other.child_mask
-        (tmp_path / "first" / integration.MASK_NAME).unlink()
-        lost = trainer_of(tmp_path / "fourth", D, dropout=True)
-        with pytest.raises(ValueError, match=r"has no child_mask\.safetensors.*as child_mask"):
-            lost.train(resume_from_checkpoint=str(checkpoint))
-
-    def test_another_mode_is_refused(self, tmp_path: Path) -> None:
-        self.saved(tmp_path, D)
-        with pytest.raises(ValueError, match="is of a run of mode D"):
-            trainer_of(tmp_path, F, dropout=True).train(resume_from_checkpoint=True)
-
-    def test_a_new_run_measures_anew(self, tmp_path: Path) -> None:
-        ChildMask.from_dense({"a": torch.ones(3, dtype=torch.bool)}).save(
-            tmp_path / integration.MASK_NAME
-        )
-        trainer = trainer_of(tmp_path, D)
-        trainer.train()
-        assert ChildMask.load(tmp_path / integration.MASK_NAME) == trainer.child_mask
-
-
 def test_the_best_model_is_what_the_child_checkpoint_holds(tmp_path: Path) -> None:
     losses = iter([0.5, 0.1, 0.9, 0.7])  # the second step's is the best
     trainer = trainer_of(
@@ -371,6 +352,7 @@ def test_the_best_model_is_what_the_child_checkpoint_holds(tmp_path: Path) -> No
     assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-2")
     best = type(trainer.model).from_pretrained(tmp_path / "checkpoint-2")
     base = model_of("Bert")
+    assert moved(base, best)
     apply_child(base, tmp_path / integration.CHILD_NAME)
     assert_same_bits(weights_of(base), weights_of(best))
 

@@ -55,6 +55,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"child_mode": "D", "reserve_p": 0.1, "fisher_batch_size": 0}, "fisher_batch_size=0 must be"),
         ({"child_mode": "D", "reserve_p": 0.1, "child_granularity": 48}, "child_granularity=48 must be 1"),
         ({"child_mode": "D", "reserve_p": 0.1, "scale_learning_rate": True}, "scale_learning_rate=True is"),
+        ({"child_mode": "D", "reserve_p": 0.1, "fisher_examples": 2.5}, "fisher_examples=2.5 must be"),
+        ({"child_mode": "none", "child_seed": 3}, "child_seed=3 has no effect in mode none"),
         ({"child_mode": "none", "optimizer_options": "{"}, "optimizer_options='{' is no JSON"),
         ({"child_mode": "none", "optimizer_options": "[1]"}, "must be a JSON object"),
         ({"child_mode": "none", "optimizer_options": {"lr": 1}}, "lr comes from learning_rate"),
@@ -119,7 +121,8 @@ def test_the_optimizer_has_the_options(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "trainer_options", "message"),
     [
-        ({"optim": "adafactor"}, {}, "optim='adafactor' is no AdamW of torch"),
+        ({"optim": "adafactor"}, {}, "optim='adafactor' is not what trains here"),
+        ({"optim": "adamw_torch_8bit"}, {}, "optim='adamw_torch_8bit' is not what trains here"),
         ({"optim_args": "a=1"}, {}, "optim_args='a=1' is not read; use optimizer_options"),
         ({}, {"optimizers": (torch.optim.SGD([torch.zeros(1)]), None)}, "optimizers or"),
         ({}, {"optimizer_cls_and_kwargs": (torch.optim.SGD, {"lr": 1})}, "optimizers or"),
@@ -149,6 +152,39 @@ def test_engines_without_whole_weights_are_refused(
     monkeypatch.setattr(transformers.Trainer, "create_accelerator_and_postprocess", built)
     with pytest.raises(ValueError, match=message):
         trainer_of(tmp_path, ChildTuningArguments("D", 0.3))
+
+
+def test_options_are_checked_before_anything_is_measured(tmp_path: Path) -> None:
+    tuning = ChildTuningArguments("D", 0.3, optimizer_options={"convention": "torhc"})
+    with pytest.raises(ValueError, match="convention='torhc'"):
+        trainer_of(tmp_path, tuning)
+    with pytest.raises(TypeError, match="child_tuning is a dict; give ChildTuningArguments"):
+        trainer_of(tmp_path, {"child_mode": "F"})  # type: ignore[arg-type]
+    moments = ChildTuningArguments("none", optimizer_options='{"state_dtype": "bfloat16"}')
+    optimizer = trainer_of(tmp_path, moments).create_optimizer()
+    assert {group["state_dtype"] for group in optimizer.param_groups} == {torch.bfloat16}
+
+
+def test_a_loss_may_divide_by_the_items_of_a_batch(tmp_path: Path) -> None:
+    def loss_of(outputs: Any, labels: Tensor, num_items_in_batch: Any = None) -> Tensor:
+        total = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum")
+        return total / num_items_in_batch
+
+    options = {"compute_loss_func": loss_of}
+    tuning = ChildTuningArguments("D", 0.3)
+    trainer = trainer_of(tmp_path, tuning, trainer_options=options)
+    plain = trainer_of(tmp_path, tuning)
+    found, expected = fisher_of_train_set(trainer), fisher_of_train_set(plain)
+    for name, value in expected.values().items():
+        torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-10)
+
+
+def test_an_exclusion_stays_within_the_layers(tmp_path: Path) -> None:
+    tuning = ChildTuningArguments("D", 0.3, child_exclude=["*LayerNorm*"])
+    trainer = trainer_of(tmp_path, tuning)
+    trainer.create_optimizer()
+    assert trainer.child_mask is not None
+    assert all(".layer." in name and "LayerNorm" not in name for name in trainer.child_mask.words)
 
 
 def test_a_model_without_layers_asks_for_patterns(tmp_path: Path) -> None:
@@ -181,7 +217,9 @@ def test_a_mask_that_was_given_is_the_child(tmp_path: Path) -> None:
     before = weights_of(model)
     trainer.train()
     for name, bit in bits.items():
-        assert not ((weights_of(model)[name] != before[name]) & ~bit).any()
+        changed = weights_of(model)[name] != before[name]
+        assert not (changed & ~bit).any()
+        assert changed.any() == bit.any()
     assert trainer.child_mask == mask == ChildMask.load(tmp_path / integration.MASK_NAME)
 
 
@@ -225,6 +263,7 @@ class TestAdapters:
         after = weights_of(model)
         for name, value in before.items():
             assert name in trained or torch.equal(after[name], value)
+        assert any(not torch.equal(after[name], before[name]) for name in trained)
         if mode == "D":
             mask = trainer.child_mask
             assert mask is not None
@@ -249,6 +288,8 @@ class TestAdapters:
         from childtune_kernels import apply_child
 
         fresh = self.adapted("Bert")
+        adapters = weights_of(fresh)
+        assert any(not torch.equal(v, adapters[n]) for n, v in weights_of(model).items())
         apply_child(fresh, tmp_path / integration.CHILD_NAME)
         assert_same_bits(weights_of(fresh), weights_of(model))
         assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-2")
@@ -265,7 +306,7 @@ def trained_on_ranks(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor],
     given = {name: os.environ.get(name) for name in LAUNCHED}
     os.environ.update(zip(LAUNCHED, (rank, rank, world, world, "127.0.0.1", "29500"), strict=True))
     try:
-        arguments = arguments_of(folder, per_device_train_batch_size=2)
+        arguments = arguments_of(f"{folder}/{rank}", per_device_train_batch_size=2)
         assert arguments.world_size == 2
         trainer = ChildTuningTrainer(
             model_of("Bert"),
@@ -293,7 +334,9 @@ def test_ranks_share_the_examples_and_the_child(ranks: Ranks, tmp_path: Path) ->
     (fisher, weights, mask), other = ranks.run(2, trained_on_ranks, str(tmp_path / "two"))
     assert_same_bits(fisher, other[0])
     assert_same_bits(weights, other[1])
-    assert mask == other[2] == ChildMask.load(tmp_path / "two" / integration.MASK_NAME)
+    first, second = tmp_path / "two" / "0", tmp_path / "two" / "1"
+    assert mask == other[2] == ChildMask.load(first / integration.MASK_NAME)
     for name, value in alone.values().items():
         torch.testing.assert_close(fisher[name], value, rtol=1e-4, atol=1e-10)
-    assert (tmp_path / "two" / integration.CHILD_NAME).exists()
+    assert (first / integration.CHILD_NAME).exists()
+    assert not second.exists() or not list(second.glob("*.safetensors"))

@@ -107,14 +107,15 @@ def batches_of(examples: list[dict[str, Any]], size: int) -> Iterator[dict[str, 
 
 
 def child_by_loop(
-    model: Any, examples: list[dict[str, Any]], patterns: list[str], reserve_p: float
+    trainer: Any, model: Any, examples: list[dict[str, Any]], patterns: list[str], reserve_p: float
 ) -> ChildMask:
     """The child that a plain loop over single examples selects."""
     fisher = FisherAccumulator(model.eval(), include=patterns)
     batches = batches_of(examples, 1)
     with fisher.recording():
         for _ in examples:
-            model(**next(batches)).loss.backward()
+            (batch,), items = trainer.get_batch_samples(batches, 1, torch.device("cpu"))
+            trainer.compute_loss(model, batch, num_items_in_batch=items).backward()
     model.train()
     return fisher.child_mask(reserve_p)
 

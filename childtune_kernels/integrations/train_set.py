@@ -11,8 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers import Trainer
 
@@ -39,8 +38,8 @@ def fisher_of_train_set(
 
     Args:
         trainer: before its first step, with the whole model on every rank (no FSDP, no DeepSpeed).
-        include, exclude: as for ``FisherAccumulator``, but that without both the scope is that of
-            ``layer_patterns``; ``include="*"`` takes all weights.
+        include, exclude: as for ``FisherAccumulator``, but that ``include=None`` stands for
+            ``layer_patterns``; ``"*"`` takes all weights.
         max_examples: measure at most so many, drawn without replacement; None: all of them.
         batch_size: examples a backward; 1 squares the gradient of each, as the paper has it.
         seed: of the draw; None: the Trainer's.
@@ -54,7 +53,7 @@ def fisher_of_train_set(
     """
     seed = trainer.args.seed if seed is None else seed
     model: Any = trainer.model
-    if include is None and not exclude:
+    if include is None:
         include = layer_patterns(model)
     with _left_as_it_was(trainer, model):
         loader = trainer.get_train_dataloader()
@@ -76,10 +75,13 @@ def fisher_of_train_set(
 
 
 def _loss(trainer: Trainer, model: nn.Module, batch: Any) -> Any:
-    inputs = send_to_device(batch, trainer.args.device)
+    device = trainer.args.device
+    # As in training: a loss may have to know how many items it is the mean of.
+    (batch,), items = trainer.get_batch_samples(iter([batch]), 1, device)
+    inputs = trainer._prepare_inputs(batch)
     autocast = trainer.accelerator.autocast() if trainer.args.bf16 else nullcontext()
     with autocast:
-        return trainer.compute_loss(model, inputs)
+        return trainer.compute_loss(model, inputs, num_items_in_batch=items)
 
 
 def _of_dataset(
@@ -91,6 +93,8 @@ def _of_dataset(
     if most is not None and most < total:
         draw = torch.randperm(total, generator=torch.Generator().manual_seed(seed))
         chosen = sorted(draw[:most].tolist())
+    if not chosen:
+        raise ValueError("train_dataset is empty, and nothing can be measured; give examples")
     if len(chosen) < world:
         raise ValueError(
             f"{len(chosen)} examples are too few to measure on {world} ranks; every rank needs one"
@@ -125,7 +129,7 @@ def _of_stream(
             length = min(_length(batch), left)
             for first in range(0, length, size):
                 end = min(first + size, length)
-                yield end - first, {name: value[first:end] for name, value in batch.items()}
+                yield end - first, {k: _part(v, first, end) for k, v in batch.items()}
             left -= length
             if left == 0:
                 return
@@ -133,12 +137,16 @@ def _of_stream(
     return cut(), math.ceil(most / size)
 
 
+def _part(value: Any, first: int, end: int) -> Any:
+    return value[first:end] if isinstance(value, Tensor) and value.dim() else value
+
+
 def _length(batch: dict[str, Any]) -> int:
-    lengths = {len(value) for value in batch.values()}
+    lengths = {len(v) for v in batch.values() if isinstance(v, Tensor) and v.dim()}
     if len(lengths) != 1:
         raise ValueError(
-            "a batch of an iterable train set cannot be cut to single examples: its values have "
-            f"{sorted(lengths)} elements; give fisher_of_train_set's work a map-style dataset"
+            f"a batch of an iterable train set has tensors of {sorted(lengths)} rows and cannot be cut to "
+            "single examples; give a dataset with __len__ and __getitem__"
         )
     return lengths.pop()
 
@@ -150,11 +158,15 @@ def _left_as_it_was(trainer: Trainer, model: nn.Module) -> Iterator[None]:
     training = [(module, module.training) for module in model.modules()]
     loaders = list(trainer.accelerator._dataloaders)
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002  (collators may draw from it)
+    averages = getattr(trainer.args, "average_tokens_across_devices", False)
+    # Ranks measure by themselves, and may have one example more or less than others.
+    trainer.args.average_tokens_across_devices = False
     others = {} if device.type == "cpu" else {"device_type": device.type}
     try:
         with torch.random.fork_rng([] if device.type == "cpu" else [device], **others):
             yield
     finally:
+        trainer.args.average_tokens_across_devices = averages
         random.setstate(python)
         np.random.set_state(numpy)  # noqa: NPY002
         trainer.accelerator._dataloaders[:] = loaders

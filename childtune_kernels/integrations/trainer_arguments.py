@@ -6,6 +6,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
+import torch
+
 from ..child_mask import ChildMask
 from ..group_options import keep_threshold
 from ..optimizer import FusedChildAdamW
@@ -23,6 +25,10 @@ _SET_ELSEWHERE = {
     "child_mask": "child_mask",
     "seed": "child_seed",
 }
+
+
+# JSON knows no dtypes.
+_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass
@@ -46,7 +52,7 @@ class ChildTuningArguments:
         child_checkpoint: D: write the tuned child alone after training, as ``tuned_child.safetensors``.
         scale_learning_rate: F: True divides the learning rate by the square root of ``reserve_p``, at which
             F moves weights as far as AdamW does at the given one; False takes the rate as it is; None too,
-            but warns where it looks like one of AdamW's.
+            but warns where it looks like one of AdamW's, which have one digit (2e-5); a rate for F may, too.
         child_seed: of F's masks and of the examples drawn; None: the ``seed`` of ``TrainingArguments``.
         optimizer_options: other options of ``FusedChildAdamW``, a dict or its JSON:
             ``'{"convention": "original", "master_weight": "fp32"}'``.
@@ -113,6 +119,10 @@ class ChildTuningArguments:
             )
         self._check_share()
         self._check_of_mode_d()
+        if self.child_seed is not None and self.child_mode == "none":
+            raise ValueError(
+                f"child_seed={self.child_seed!r} has no effect in mode none, which draws nothing"
+            )
         if self.scale_learning_rate is not None and self.child_mode != "F":
             raise ValueError(
                 f"scale_learning_rate={self.scale_learning_rate!r} is of mode F; mode {self.child_mode} "
@@ -174,7 +184,7 @@ class ChildTuningArguments:
                 )
         for name in ("fisher_examples", "fisher_batch_size"):
             value = getattr(self, name)
-            if value is not None and value < 1:
+            if value is not None and (not isinstance(value, int) or value < 1):
                 raise ValueError(f"{name}={value!r} must be a number of examples, 1 or more")
         granularity = self.child_granularity
         if granularity != 1 and (granularity < 1 or granularity % 32):
@@ -202,4 +212,7 @@ def _options(given: Any) -> dict[str, Any]:
                 f"optimizer_options: FusedChildAdamW has no option {name!r}; it has "
                 f"{', '.join(sorted(set(known) - set(_SET_ELSEWHERE) - {'params', 'return'}))}"
             )
-    return dict(given)
+    return {
+        name: _DTYPES.get(value, value) if name == "state_dtype" else value
+        for name, value in given.items()
+    }

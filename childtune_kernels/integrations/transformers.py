@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import nn
 from torch.optim import Optimizer
 from transformers import Trainer, TrainerCallback
@@ -21,6 +22,16 @@ from ..group_options import lr_for
 from ..optimizer import FusedChildAdamW
 from ..option_scheduler import OptionScheduler
 from ..summary import child_shares
+from .checkpoint_files import (
+    CHILD_NAME,
+    FISHER_NAME,
+    MASK_NAME,
+    check_resumed,
+    same_child,
+    set_aside,
+    trains,
+    write_choices,
+)
 from .train_set import fisher_of_train_set
 from .trainer_arguments import ChildTuningArguments
 
@@ -33,9 +44,6 @@ __all__ = [
     "named_decay_groups",
 ]
 
-MASK_NAME = "child_mask.safetensors"
-FISHER_NAME = "fisher.safetensors"
-CHILD_NAME = "tuned_child.safetensors"
 
 # A logger of transformers', so that it follows the run's log level.
 _log = logging.get_logger("transformers.childtune_kernels")
@@ -100,6 +108,12 @@ class ChildTuningTrainer(Trainer):
         child_tuning: ChildTuningArguments,
         **options: Any,
     ) -> None:
+        if not isinstance(child_tuning, ChildTuningArguments):
+            raise TypeError(
+                f"child_tuning is a {type(child_tuning).__name__}; give ChildTuningArguments(...)"
+            )
+        # What FusedChildAdamW refuses shall be said now, and not after Fisher information was measured.
+        FusedChildAdamW([torch.zeros(1)], **child_tuning.options_of_optimizer())
         super().__init__(*arguments, **options)
         self.child_tuning = child_tuning
         self.child_mask: ChildMask | None = None
@@ -114,8 +128,10 @@ class ChildTuningTrainer(Trainer):
                 "child_tuning; leave it out (a scheduler alone may be given: optimizers=(None, scheduler))"
             )
         name = getattr(self.args.optim, "value", self.args.optim)
-        if not name.startswith("adamw_torch"):
-            raise ValueError(f"optim={name!r} is no AdamW of torch; leave it at its default")
+        if name not in ("adamw_torch", "adamw_torch_fused"):
+            raise ValueError(
+                f"optim={name!r} is not what trains here: FusedChildAdamW does; leave it at its default"
+            )
         if self.args.optim_args:
             raise ValueError(
                 f"optim_args={self.args.optim_args!r} is not read; use optimizer_options of "
@@ -153,26 +169,40 @@ class ChildTuningTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> Optimizer:
         """Make the FusedChildAdamW, and before it, in mode D, find or measure the child."""
+        tuning, arguments = self.child_tuning, self.args
+        if self._resumed_from is not None:
+            check_resumed(self._resumed_from, tuning)
+        if tuning.child_mode == "D" and (self.optimizer is None or self._resumed_from):
+            self.child_mask = self._find_or_measure()
         if self.optimizer is not None:
             return self.optimizer
-        model = self.model if model is None else model
-        tuning, arguments = self.child_tuning, self.args
-        self._check_resumed_mode()
-        if tuning.child_mode == "D":
-            self.child_mask = self._find_or_measure()
-        self._write_mask(self._folder)
         self.optimizer = FusedChildAdamW(
-            named_decay_groups(self, model),
+            named_decay_groups(self, self.model if model is None else model),
             lr=self._learning_rate_of_child(),
             betas=(arguments.adam_beta1, arguments.adam_beta2),
             eps=arguments.adam_epsilon,
             reserve_p=(tuning.reserve_p or 1.0) if tuning.child_mode == "F" else 1.0,
             child_mask=self.child_mask,
             seed=arguments.seed if tuning.child_seed is None else tuning.child_seed,
-            max_grad_norm=arguments.max_grad_norm if self._clips_in_step() else None,
+            max_grad_norm=self._limit_of_step(),
             **tuning.options_of_optimizer(),
         )
+        if self._resumed_from is None and arguments.should_save:
+            set_aside(self._folder, tuning)
+        self._write_mask(self._folder)
         return self.optimizer
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        optimizer = _innermost(self.optimizer)
+        # The groups are those of the checkpoint now; what the Trainer reads anew at every start is not.
+        for group in optimizer.param_groups:
+            group["max_grad_norm"] = self._limit_of_step()
+        if self.child_mask is not None and not trains(optimizer, self.child_mask):
+            raise ValueError(
+                f"resume_from_checkpoint: the optimizer's state in {checkpoint} is not of the child of "
+                f"{MASK_NAME} there, or above it; give the run's own as child_mask"
+            )
 
     def _learning_rate_of_child(self) -> float:
         """The Trainer's rate, or in mode F the one at which weights move as far."""
@@ -193,6 +223,9 @@ class ChildTuningTrainer(Trainer):
                 stacklevel=3,
             )
         return rate
+
+    def _limit_of_step(self) -> float | None:
+        return self.args.max_grad_norm if self._clips_in_step() else None
 
     def _clips_in_step(self) -> bool:
         """Whether the step clips, which saves a pass over the gradients; else the Trainer does before it."""
@@ -217,17 +250,11 @@ class ChildTuningTrainer(Trainer):
         super().log(logs, *arguments, **options)
 
     def save_model(self, output_dir: str | None = None, *arguments: Any, **options: Any) -> None:
-        """Save the model as the Trainer does, and the child's mask beside it."""
+        """Save the model as the Trainer does, and beside it the child's mask and what was asked for."""
         super().save_model(output_dir, *arguments, **options)
         self._write_mask(output_dir or self._folder)
-
-    def _check_resumed_mode(self) -> None:
-        folder = self._resumed_from
-        if folder and self.child_tuning.child_mode != "D" and Path(folder, MASK_NAME).exists():
-            raise ValueError(
-                f"child_mode={self.child_tuning.child_mode!r}, but {folder} is of a run of mode D (it has a "
-                f"{MASK_NAME}); resume with mode D, or start a new run from its weights"
-            )
+        if self.args.should_save:
+            write_choices(output_dir or self._folder, self.child_tuning)
 
     def _find_or_measure(self) -> ChildMask:
         """The child of a given file, of the run that is resumed, or of the Fisher information."""
@@ -236,7 +263,7 @@ class ChildTuningTrainer(Trainer):
             for place in (Path(folder, MASK_NAME), Path(folder).parent / MASK_NAME):
                 if place.exists():
                     _log.info("the child is that of %s", place)
-                    return ChildMask.load(place)
+                    return same_child(ChildMask.load(place), place, tuning.child_mask)
             if tuning.child_mask is None:
                 raise ValueError(
                     f"resume_from_checkpoint: {folder} has no {MASK_NAME}, nor has the folder above it, and "
