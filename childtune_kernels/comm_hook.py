@@ -40,7 +40,7 @@ def register_child_comm_hook(ddp_model: nn.Module, optimizer: FusedChildAdamW) -
         optimizer: holds the model's parameters, with the same masks, seed and steps on all ranks.
 
     Returns:
-        A ``ChildCommHook``, which counts bytes. It stays as long as the model: DDP cannot drop a hook.
+        A ``ChildCommHook``, which counts bytes. It stays as long as the model, since DDP cannot drop a hook.
 
     Changes in place: in every backward, the gradients; nothing now.
 

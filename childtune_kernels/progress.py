@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import TypeVar
+from typing import Any, TypeVar
 
 _T = TypeVar("_T")
 
 PATIENCE = 2.0  # seconds; what is done by then needs no bar
+
+
+def _tqdm() -> Any:
+    """The class, or None; no block of the caller's runs while its absence is handled."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return None
+    return tqdm
 
 
 @contextmanager
@@ -19,9 +28,8 @@ def progress_of_amount(
 
     A bar stands on a terminal's standard error once ``PATIENCE`` is over, if tqdm is installed.
     """
-    try:
-        from tqdm import tqdm
-    except ImportError:
+    tqdm = _tqdm()
+    if tqdm is None:
         yield lambda done: None
         return
     with tqdm(
@@ -38,9 +46,8 @@ def progress_of_amount(
 
 def progress_of(items: Iterable[_T], what: str, total: int) -> Iterator[_T]:
     """The items one by one, with a bar over their number under the same conditions."""
-    try:
-        from tqdm import tqdm
-    except ImportError:
+    tqdm = _tqdm()
+    if tqdm is None:
         yield from items
         return
     yield from tqdm(items, what, total, delay=PATIENCE, disable=None, leave=False)

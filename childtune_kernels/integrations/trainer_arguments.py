@@ -102,7 +102,12 @@ class ChildTuningArguments:
         default=True, metadata={"help": "D: write tuned_child.safetensors after training"}
     )
     scale_learning_rate: bool | None = field(
-        default=None, metadata={"help": "F: divide the learning rate by sqrt(reserve_p)"}
+        default=None,
+        metadata={
+            "help": "F: divide the learning rate by sqrt(reserve_p)",
+            "nargs": "?",  # without a value it is True, as other flags are
+            "const": True,
+        },
     )
     child_seed: int | None = field(
         default=None, metadata={"help": "of F's masks (default: the seed of the run)"}
