@@ -108,6 +108,18 @@ def test_a_base_that_varies_is_said() -> None:
     assert speed.startswith("Whether CT_D at density 0.1 is faster cannot be told")
 
 
+@pytest.mark.parametrize("default", [0.03, 0.79, 0.81])
+def test_a_base_that_something_held_up_proves_nothing(default: float) -> None:
+    """torch's default step does more than its fused one; beside a stalled base all look fast."""
+    found = made_up({"torch-default": (default, default, default), "plain": (0.02, 0.02, 0.02)})
+    first, *others = verdict(found)
+    if default < 0.8:
+        assert first.startswith("torch's fused AdamW took longer than torch's AdamW by default")
+        assert others[0].startswith("Whether plain FusedChildAdamW is faster cannot be told")
+    else:
+        assert "plain FusedChildAdamW takes 0.02 (faster)" in first
+
+
 def test_figures_of_the_reference_do_not_stand_for_the_package() -> None:
     slow = made_up({"ct_f": (30, 31, 32)}, backend="reference", absent="cpp: no C++ compiler")
     caution, speed, _ = verdict(slow)

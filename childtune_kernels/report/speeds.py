@@ -11,6 +11,7 @@ _EQUAL = 0.03  # nobody feels less
 _WIDE = 0.1  # quartiles on both sides of 1 that are further apart leave it open which is faster
 _UNSTEADY = 0.2  # of the median, between the quartiles of the base's own steps
 _WILD = 0.5
+_OVERTAKEN = 0.8  # of the base's time
 _FAR = 2.0  # a factor that a few noisy rounds cannot make up
 
 
@@ -52,8 +53,23 @@ def _of_reference(found: SideBySide) -> str:
     )
 
 
+def _overtaken(found: SideBySide) -> list[Measured]:
+    """Those that do more than the base and took clearly less time: then something held the base up.
+
+    Seen with other work on both cores: every step of the base waited for its second thread, 50 times as
+    long as it takes, and its quartiles lay close together.
+    """
+    others = [each for each in found.measured if not each.ours and each.failure is None]
+    return [each for each in others if each.of_base[1] < _OVERTAKEN]
+
+
 def _of_unsteadiness(found: SideBySide) -> str:
-    """That the base's own steps differ as they do on a machine with other work."""
+    """That the base's own steps differ, or come last, as they do on a machine with other work."""
+    if faster := _overtaken(found):
+        return (
+            f"{found.base.title} took longer than {faster[0].title}, which does more: something else seems "
+            "to hold it up, and its figures say nothing. Measure on an idle machine, or with --threads 1."
+        )
     spread = _spread(found.base)
     if spread <= _UNSTEADY:
         return ""
@@ -73,7 +89,7 @@ def _of_speed(found: SideBySide) -> str:
     clear, unclear = [], []
     for each in found.measured:
         if each.ours and each.failure is None:
-            how = standing(each, found.base)
+            how = "unclear" if _overtaken(found) else standing(each, found.base)
             if how == "unclear":
                 unclear.append(each.title)
             else:
