@@ -14,7 +14,7 @@ help:
 	@echo "make install         the virtual environment and the package in it; other targets do this first"
 	@echo "make finetune        the main job: fine-tune a small encoder on real data (under three minutes)"
 	@echo "make finetune-short  the same in little: whether everything runs"
-	@echo "make low-precision   fine-tuning in fp32 and bf16: what each way of keeping bf16 weights gives (about ten minutes)"
+	@echo "make low-precision   fine-tuning in fp32 and bf16: what each way of keeping bf16 weights gives (some minutes)"
 	@echo "make test            all tests"
 	@echo "make test-slow       the long sweeps too"
 	@echo "make bench           benchmarks against torch.optim.AdamW"
@@ -22,7 +22,7 @@ help:
 	@echo "make check           ruff and mypy"
 	@echo "make format          ruff's fixes and format"
 	@echo "make docs            the documentation as a site, in build/site"
-	@echo "make dist            source distribution and wheel, in dist"
+	@echo "make dist            source distribution and wheel, in dist (compiles anew: minutes)"
 	@echo "make info            what is installed, which backend serves what, a self-check"
 	@echo "make clean           remove the virtual environment and what was built"
 

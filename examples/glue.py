@@ -101,6 +101,8 @@ def run_all(todo: Sequence[Run], grid: Grid, results: Results, options: argparse
             scores = left[each.task].run(each, tell)
             seconds = round(time.perf_counter() - started, 1)
             results.append(each, scores, seconds=seconds, versions=versions())
+            if not sys.stderr.isatty():  # where the bar is not seen
+                print(f"{name}: {seconds} s", flush=True)
             progress.update()
             if each.task not in {other.task for other in todo[number + 1 :]}:
                 del left[each.task]  # and its data
