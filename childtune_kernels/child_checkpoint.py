@@ -298,11 +298,11 @@ def child_diff(base: Weights, tuned: Weights) -> ChildMask:
         (after, before, "base") if after.ties is not None else (before, after, "tuned")
     )
     pairs, words = _pairs(own, other, what), {}
-    total = sum(tensor.numel() * tensor.element_size() for tensor in pairs.values())
+    total = sum(tensor.nbytes for tensor in pairs.values())
     with progress_of_amount("comparing", total) as advance:
         for label, tensor in own.tensors.items():
             words[label] = weight_bits.changed_words(pairs[label], tensor)
-            advance(tensor.numel() * tensor.element_size())
+            advance(tensor.nbytes)
     return ChildMask(words, own.shapes)
 
 
@@ -328,10 +328,10 @@ def diff_checkpoint(base: NamedWeights, tuned: NamedWeights) -> ChildCheckpoint:
     """
     words, dense, other = {}, [], []
     pairs = _pairs(tuned, base, "base")
-    total = sum(tensor.numel() * tensor.element_size() for tensor in pairs.values())
+    total = sum(tensor.nbytes for tensor in pairs.values())
     with progress_of_amount("comparing", total) as advance:
         for label, tensor in tuned.tensors.items():
-            advance(tensor.numel() * tensor.element_size())
+            advance(tensor.nbytes)
             if weight_bits.same_bits(pairs[label], tensor):
                 continue
             if not tensor.is_floating_point():

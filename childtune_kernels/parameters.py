@@ -11,7 +11,7 @@ from torch import Tensor
 
 from . import ops, sharding
 from .child_mask import ChildMask
-from .labels import is_positional, label_of, positional_label
+from .labels import is_positional, label_of, positional_label, shortened
 from .plan_row import strided_map
 
 
@@ -164,13 +164,13 @@ def mask_words(
     }
     if unknown and frozen.issuperset(unknown):
         raise ValueError(
-            f"child_mask: it does not know {_shortened(unknown)}, which require no gradient; give the "
+            f"child_mask: it does not know {shortened(unknown)}, which require no gradient; give the "
             "optimizer what trains: [(n, p) for n, p in model.named_parameters() if p.requires_grad]"
         )
     if unknown:
         what = "no name of it matches" if len(unknown) == len(labels) else "it does not know"
         raise ValueError(
-            f"child_mask: {what} {_shortened(unknown)}; it knows {_shortened(mask.names)}; give what "
+            f"child_mask: {what} {shortened(unknown)}; it knows {shortened(mask.names)}; give what "
             "shall train densely as dense=[...] when making the mask"
         )
     words = {}
@@ -184,7 +184,3 @@ def mask_words(
             )
         words[label] = mask.words_for(label, parameter).to(parameter.device, copy=True)
     return words
-
-
-def _shortened(names: Sequence[str]) -> str:
-    return ", ".join(names[:6]) + (f" and {len(names) - 6} more" if len(names) > 6 else "")

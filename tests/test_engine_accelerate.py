@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +12,13 @@ from torch.distributed.tensor import DTensor
 
 from childtune_kernels import FusedChildAdamW, random_child
 
+from .accelerate_launch import as_launched
 from .cases import assert_same_bits
 from .ranks import Ranks
 from .test_engines import Model
 
 pytest.importorskip("accelerate")
 
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 STEPS = 4
 BETWEEN = 2  # saved before this one
 ACCUMULATED = 2
@@ -42,9 +41,6 @@ def accelerator_of(engine: str, mixed_precision: str) -> Any:
     from accelerate.state import AcceleratorState, PartialState
     from accelerate.utils import DistributedType
 
-    rank, world = str(torch.distributed.get_rank()), str(torch.distributed.get_world_size())
-    launched = (rank, rank, world, world, "127.0.0.1", "29500")  # nobody connects anew
-    os.environ.update(zip(LAUNCHED, launched, strict=True))
     accelerator = Accelerator(
         cpu=True, mixed_precision=mixed_precision, gradient_accumulation_steps=ACCUMULATED
     )
@@ -85,10 +81,7 @@ def accelerated(
     engine: str, child: bool, mixed_precision: str, folder: str | None
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The weights after training, and again from what was saved in between."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    given = {name: os.environ.get(name) for name in LAUNCHED}
-    try:
+    with as_launched():
         accelerator = accelerator_of(engine, mixed_precision)
         model = Model()
         first = accelerator.prepare(model, optimizer_of(model, child))
@@ -109,12 +102,6 @@ def accelerated(
             train(accelerator, second, range(BETWEEN, STEPS))
             again = whole_weights(second[0])
         return weights, again
-    finally:
-        AcceleratorState._reset_state(reset_partial_state=True)
-        GradientState._reset_state()
-        PartialState._reset_state()
-        for name, value in given.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def on_one_device(world: int, child: bool) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +20,7 @@ CPU = torch.device("cpu")
 SMALL = ModelShapes("made for a test", {"w": (300, 70), "layers.0.b": (33,), "e": (0, 3), "s": ()})
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Threads that wait for each other on a machine with other work take a thousand times as long."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def entrants(*names: str, dtype: torch.dtype = torch.float32) -> list[Entrant]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from childtune_kernels import ChildMask, FusedChildAdamW, layer_patterns
 
+from .accelerate_launch import as_launched
 from .cases import assert_same_bits
 from .ranks import Ranks
 
@@ -295,18 +295,11 @@ class TestAdapters:
         assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-2")
 
 
-LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-
-
 def trained_on_ranks(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], ChildMask]:
     """A Trainer under DistributedDataParallel: its Fisher information, weights and child."""
-    from accelerate.state import AcceleratorState, GradientState, PartialState
-
-    rank, world = str(torch.distributed.get_rank()), str(torch.distributed.get_world_size())
-    given = {name: os.environ.get(name) for name in LAUNCHED}
-    os.environ.update(zip(LAUNCHED, (rank, rank, world, world, "127.0.0.1", "29500"), strict=True))
-    try:
-        arguments = arguments_of(f"{folder}/{rank}", per_device_train_batch_size=2)
+    with as_launched():
+        own = f"{folder}/{torch.distributed.get_rank()}"
+        arguments = arguments_of(own, per_device_train_batch_size=2)
         assert arguments.world_size == 2
         trainer = ChildTuningTrainer(
             model_of("Bert"),
@@ -318,11 +311,6 @@ def trained_on_ranks(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor],
         trainer.train()
         assert trainer.child_mask is not None
         return fisher.values(), weights_of(trainer.model), trainer.child_mask
-    finally:
-        for state in (AcceleratorState, GradientState, PartialState):
-            state._reset_state()
-        for name, value in given.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def test_ranks_share_the_examples_and_the_child(ranks: Ranks, tmp_path: Path) -> None:

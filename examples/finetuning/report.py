@@ -143,21 +143,30 @@ def _colours(results: Sequence[ContenderResult]) -> list[str]:
     return [next(remaining) if result.pretrained else _SCRATCH_COLOUR for result in results]
 
 
+def draw_seeds(
+    axes: Axes, row: int, values: Sequence[float], colour: str, *, dot: float = 30, text: float = 10
+) -> None:
+    """Draw a row: every seed's value as a point, their mean and deviation behind.
+
+    ``dot``: area of a point; ``text``: size of the mean's number; both in matplotlib's units.
+    """
+    mean = statistics.mean(values)
+    deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+    axes.plot([mean - deviation, mean + deviation], [row, row], color=colour, lw=9, alpha=0.28,
+              solid_capstyle="round")  # fmt: skip
+    axes.plot([mean, mean], [row - 0.24, row + 0.24], color=colour, lw=2.5)
+    # Seeds a little above one another: equal values stay visible.
+    heights = [row + 0.05 * (seed % 5 - 2) for seed in range(len(values))]
+    axes.scatter(values, heights, s=dot, color=colour, edgecolor="white", zorder=3)
+    axes.annotate(f"{mean:.1f}", (mean, row - 0.27), ha="center", va="bottom", size=text,
+                  color=colour, weight="bold")  # fmt: skip
+
+
 def _draw_accuracies(
     axes: Axes, results: Sequence[ContenderResult], colours: Sequence[str]
 ) -> None:
     for row, (result, colour) in enumerate(zip(results, colours, strict=True)):
-        values = result.accuracies
-        mean = statistics.mean(values)
-        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        axes.plot([mean - deviation, mean + deviation], [row, row], color=colour, lw=9, alpha=0.28,
-                  solid_capstyle="round")  # fmt: skip
-        axes.plot([mean, mean], [row - 0.24, row + 0.24], color=colour, lw=2.5)
-        # Seeds a little above one another: equal accuracies stay visible.
-        heights = [row + 0.05 * (seed % 5 - 2) for seed in range(len(values))]
-        axes.scatter(values, heights, s=30, color=colour, edgecolor="white", zorder=3)
-        axes.annotate(f"{mean:.1f}", (mean, row - 0.27), ha="center", va="bottom", size=10,
-                      color=colour, weight="bold")  # fmt: skip
+        draw_seeds(axes, row, result.accuracies, colour)
     axes.set_yticks(range(len(results)), [result.title for result in results], size=11)
     axes.set_ylim(len(results) - 0.5, -0.62)
     axes.grid(axis="x", color="#e4e7ec")

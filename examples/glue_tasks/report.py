@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from finetuning.report import mean_and_deviation, paired_difference
+from finetuning.report import draw_seeds, mean_and_deviation, paired_difference
 from glue_tasks.grid import TITLES, Configuration, Grid, Run, Settings
 from glue_tasks.results import Scores
 
@@ -174,16 +174,8 @@ def save_plot(columns: dict[str, list[MethodResult]], caption: str, path: Path) 
     panels = figure.subplots(1, len(columns), squeeze=False)[0]
     for axes, (title, results) in zip(panels, columns.items(), strict=True):
         for row, result in enumerate(results):
-            figures, colour = result.chosen.figures, _COLOURS[result.method]
-            mean = statistics.mean(figures)
-            spread = statistics.stdev(figures) if len(figures) > 1 else 0.0
-            axes.plot([mean - spread, mean + spread], [row, row], color=colour, lw=9, alpha=0.28,
-                      solid_capstyle="round")  # fmt: skip
-            axes.plot([mean, mean], [row - 0.24, row + 0.24], color=colour, lw=2.5)
-            heights = [row + 0.05 * (seed % 5 - 2) for seed in range(len(figures))]
-            axes.scatter(figures, heights, s=22, color=colour, edgecolor="white", zorder=3)
-            axes.annotate(f"{mean:.1f}", (mean, row - 0.27), ha="center", va="bottom", size=9,
-                          color=colour, weight="bold")  # fmt: skip
+            colour = _COLOURS[result.method]
+            draw_seeds(axes, row, result.chosen.figures, colour, dot=22, text=9)
         names = [_name_on_plot(result) for result in results]
         axes.set_yticks(range(len(results)), names, size=9)
         axes.set_ylim(len(results) - 0.5, -0.62)
