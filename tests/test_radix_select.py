@@ -260,8 +260,8 @@ def test_a_device_is_not_asked_before_the_report(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """By either way, the k-th in the middle and at the ends, in one bin of many keys and of one."""
-    fisher = _parts(SCORES[scores])
-    ordered = torch.cat([part.view(-1) for part in fisher.values()])
+    fisher = _parts(placed(SCORES[scores], backend))
+    ordered = torch.cat([part.view(-1) for part in _parts(SCORES[scores]).values()])
     if by_sample:
         monkeypatch.setattr(radix_select, "_WORTH_A_SAMPLE", 1)
         monkeypatch.setattr(radix_select, "_SAMPLE", 256)
@@ -275,7 +275,8 @@ def test_a_device_is_not_asked_before_the_report(
         assert watch[: len(passes) + 1] == [*passes, "report"]
         first = ordered.argsort(descending=largest, stable=True)[:k]
         expected = torch.zeros(NUMEL, dtype=torch.bool).index_fill(0, first, True)
-        assert torch.equal(torch.cat([mask.dense(name).view(-1) for name in fisher]), expected)
+        found = torch.cat([mask.dense(name).view(-1).cpu() for name in fisher])
+        assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("largest", [True, False])
@@ -286,13 +287,13 @@ def test_a_device_selects_again_where_a_sample_misled(
     scores[:: NUMEL // 1024 | 1] += 1000  # the sample sees nothing else
     monkeypatch.setattr(radix_select, "_WORTH_A_SAMPLE", 1)
     monkeypatch.setattr(radix_select, "_SAMPLE", 256)
-    k = NUMEL // 3
-    mask = select_child({"w": scores}, k=k, largest=largest, backend=backend)
+    k, fisher = NUMEL // 3, {"w": placed(scores, backend)}
+    mask = select_child(fisher, k=k, largest=largest, backend=backend)
     assert watch[:11] == [*PASSES_BY_SAMPLE, "report", *PASSES, "report"]
     ordered = scores.argsort(descending=largest, stable=True)
     expected = torch.zeros(NUMEL, dtype=torch.bool).index_fill(0, ordered[:k], True)
-    assert torch.equal(mask.dense("w"), expected)
-    place = place_of({"w": scores}, k, largest, backend)
+    assert torch.equal(mask.dense("w").cpu(), expected)
+    place = place_of(fisher, k, largest, backend)
     assert radix_select.value_of(int(place.key)) == float(scores[ordered[k - 1]])
 
 
@@ -315,7 +316,8 @@ def by_the_reference() -> dict[str, ChildMask]:
 def test_all_scopes_and_runs_are_reported_at_once(
     what: str, backend: str, by_the_reference: dict[str, ChildMask], watch: list[str]
 ) -> None:
-    mask = select_child(_THREE_PARTS, backend=backend, **_OPTIONS[what])
+    fisher = {name: placed(part, backend) for name, part in _THREE_PARTS.items()}
+    mask = select_child(fisher, backend=backend, **_OPTIONS[what])
     passes = [each for each in watch if each != "unpack_mask"]
     expected = PASSES * 3 if what == "scopes" else ["run_scores", *PASSES]
     assert passes == [*expected, "report"]
@@ -329,13 +331,12 @@ def test_what_has_no_order_is_named_by_the_report(
 ) -> None:
     scores = _spread(1000)
     scores[[70, 71]] = bad
+    fisher = {"v": placed(_spread(100), backend), "w": placed(scores, backend)}
     message = rf"Fisher information of w: {bad} at element 70 \(2 such"
     for k in (1, 5, 15):
         with pytest.raises(ValueError, match=message):
-            select_child(
-                {"v": _spread(100), "w": scores}, k=k, granularity=granularity, backend=backend
-            )
-    full = {"v": _spread(100), "w": torch.full((99,), 3e38)}
+            select_child(fisher, k=k, granularity=granularity, backend=backend)
+    full = {"v": fisher["v"], "w": placed(torch.full((99,), 3e38), backend)}
     with pytest.raises(ValueError, match=r"information of w: the sum over a run of 64 .*overflows"):
         select_child(full, k=1, granularity=64, backend=backend)
     assert watch.count("report") == 4

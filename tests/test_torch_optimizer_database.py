@@ -149,10 +149,12 @@ def test_inputs_for_gpus_are_served_or_refused(column: str) -> None:
             with pytest.raises(ValueError, match=refused):
                 FusedChildAdamW(ours.values(), **options)
             continue
+        # torch's capturable step takes its bias corrections from an fp32 number of steps.
+        rtol = 1e-6 if options.get("capturable") else 1e-12
         trained(FusedChildAdamW, ours, "list", backend=column, **options)
         trained(torch.optim.AdamW, theirs, "list", foreach=False, **options)
         for name, parameter in ours.items():
-            torch.testing.assert_close(parameter, theirs[name], rtol=1e-12, atol=1e-15)
+            torch.testing.assert_close(parameter, theirs[name], rtol=rtol, atol=1e-15)
         served += 1
     assert served > len(SERVED)
 

@@ -59,18 +59,20 @@ class Recording:
 
 
 class CudaGraph:
-    """A real one."""
+    """A real one, another at every capture: torch's graphs are captured once."""
 
     def __init__(self) -> None:
-        self.graph = torch.cuda.CUDAGraph()
+        self.graphs: list[torch.cuda.CUDAGraph] = []
 
     @contextlib.contextmanager
     def capture(self) -> Iterator[None]:
-        with torch.cuda.graph(self.graph):
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
             yield
+        self.graphs.append(graph)
 
     def replay(self) -> None:
-        self.graph.replay()
+        self.graphs[-1].replay()
 
 
 Graph = Recording | CudaGraph
