@@ -286,6 +286,10 @@ def child_diff(base: Weights, tuned: Weights) -> ChildMask:
     Models give their parameters (of a tied weight the first name), mappings their floating point
     tensors; integers, which no optimizer trains, are left out.
 
+    Args:
+        base: the weights before training: a model, or name → tensor.
+        tuned: the same weights after it, of equal names, shapes and types.
+
     Returns:
         A mask with words for every such weight, changed or not.
 

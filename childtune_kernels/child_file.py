@@ -105,6 +105,12 @@ def content_digest(
 def load_child(path: str | os.PathLike[str]) -> ChildCheckpoint:
     """Read a child checkpoint, on the CPU, and check it whole.
 
+    Args:
+        path: what ``save_child`` or ``childtune child diff`` wrote.
+
+    Returns:
+        Mask, values and whole tensors; ``apply_child`` puts them into a base.
+
     Raises:
         FileNotFoundError: there is no such file.
         ValueError: another kind of file, another version, or one that was cut or altered.

@@ -18,6 +18,9 @@ from .machine import synchronize
 Seconds = dict[int, float]
 
 _WARM_UP_STEPS = 2
+# How long a GPU is kept busy before a step is timed on it, in the step's own time on the host; torch counts
+# in cycles, of a clock between 1 and 2.2 GHz.
+_LEAD, _LONGEST_LEAD, _CYCLES_A_SECOND = 2.0, 0.2, 2.2e9
 MINIMAL_ROUNDS = 25
 
 
@@ -42,7 +45,9 @@ def interleave(
     """Time every contender once a round.
 
     What slows the machine for a while then hits all of them alike, and ratios within a round stay what
-    they are; the order is shuffled so that nobody always follows the same neighbour.
+    they are; the order is shuffled so that nobody always follows the same neighbour. A GPU is busy with
+    something else while the host prepares a step, as it is with a backward in training: the time is that of
+    the GPU, and the host's is in it only where the GPU had to wait for more than the step's start.
 
     Args:
         contenders: by name.
@@ -59,6 +64,7 @@ def interleave(
         for _ in range(0 if warm else 1 if contender.slow else _WARM_UP_STEPS):
             contender.step()
     synchronize(device)
+    leads = {name: _lead_of(contender.step, device) for name, contender in contenders.items()}
     seconds: dict[str, Seconds] = {name: {} for name in contenders}
     order = list(contenders)
     shuffle = random.Random(0).shuffle
@@ -72,7 +78,7 @@ def interleave(
             shuffle(order)
             for name in order:
                 if index % slow_every == 0 or not contenders[name].slow:
-                    seconds[name][index] = _timed(contenders[name].step, device)
+                    seconds[name][index] = _timed(contenders[name].step, device, leads[name])
             after_round(index + 1)
             if index + 1 >= least and time.monotonic() > deadline:
                 break
@@ -82,11 +88,23 @@ def interleave(
     return seconds
 
 
-def _timed(step: Callable[[], object], device: torch.device) -> float:
+def _lead_of(step: Callable[[], object], device: torch.device) -> int:
+    """Cycles for which a GPU is to be busy until the host has a step in its queue; steps once."""
+    if device.type != "cuda":
+        return 0
+    begun = time.perf_counter()
+    step()
+    on_host = time.perf_counter() - begun
+    synchronize(device)
+    return int(min(_LEAD * on_host, _LONGEST_LEAD) * _CYCLES_A_SECOND)
+
+
+def _timed(step: Callable[[], object], device: torch.device, lead: int) -> float:
     synchronize(device)
     if device.type == "cuda":  # the device's own clock, which no wake-up of this process enters
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         with torch.cuda.device(device):
+            torch.cuda._sleep(lead)
             begin.record()
             step()
             end.record()

@@ -105,6 +105,7 @@ void update_moments(const PlanRow& row, const AdamWScalars<Real>& scalars, const
 // Eq. 9 alone for local elements begin .. end-1.
 template <class T>
 void decay_range(const PlanRow& row, const RowStep<typename T::Real>& step, int64_t begin, int64_t end) {
+  if constexpr (T::kDrawsWeight) return;  // compact state refuses it (state_tensors.check_options)
   if (step.freeze || !step.scalars.decays()) return;
   constexpr uint64_t kAll = ~uint64_t(0);
   typedef typename T::Weight Weight;

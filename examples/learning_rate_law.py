@@ -12,8 +12,9 @@ import argparse
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -22,6 +23,7 @@ from matplotlib.figure import Figure
 from tqdm import tqdm
 
 from childtune_kernels import FusedChildAdamW
+from childtune_kernels.report.text_table import aligned
 from finetuning.labelled_text import (
     Split,
     fine_tuning_sections,
@@ -59,6 +61,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     path = options.out / "learning-rate-law"
     path.with_suffix(".json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     draw(document, path.with_suffix(".png"))
+    print(tables(document))
     print(f"{path}.png, {path}.json")
     return 0
 
@@ -108,6 +111,30 @@ def tuned_accuracy(task: TextTask, split: Split, p: float, rate: float, seed: in
     return task.accuracy(tuned.model, split.validation)
 
 
+def tables(document: Mapping[str, Any]) -> str:
+    """What the three panels show, in figures."""
+    constant, noise = document["constant gradient"], document["gradients of mean zero"]
+    steps = [("reserve_p", "√p", "constant gradient", "gradients of mean zero")]
+    steps += [
+        (f"{p:g}", f"{math.sqrt(p):.3f}", f"{constant[p]:.3f}", f"{noise[p]:.3f}") for p in constant
+    ]
+    by_share = document["accuracy"]
+    rates = [*next(iter(by_share.values()))]
+    accuracy = [("learning rate", *(_title(p) for p in by_share))]
+    accuracy += [
+        (f"{rate:g}", *(f"{statistics.mean(by_share[p][rate]):.1f}" for p in by_share))
+        for rate in rates
+    ]
+    return (
+        f"A weight's step, in learning rates\n{aligned(steps)}\n\n"
+        f"Accuracy in %, mean of {document['seeds']} seeds\n{aligned(accuracy)}\n"
+    )
+
+
+def _title(p: float) -> str:
+    return "AdamW" if p == 1 else f"CT_F, p = {p:g}"
+
+
 def draw(document: dict[str, object], path: Path) -> None:
     """Draw the three panels and write a PNG."""
     figure = Figure(figsize=(13, 4.2), layout="constrained")
@@ -145,7 +172,7 @@ def _draw_accuracies(
         means = [statistics.mean(values) for values in by_rate.values()]
         axes.plot(
             [rate * factor for rate in by_rate], means, "o-", color=COLOURS[p],
-            label="AdamW" if p == 1 else f"CT_F, p = {p:g}",
+            label=_title(p),
         )  # fmt: skip
     axes.set_xscale("log")
     axes.set(

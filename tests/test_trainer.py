@@ -24,7 +24,7 @@ from .cases import assert_same_bits
 
 pytest.importorskip("transformers")
 
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
 from childtune_kernels import layer_patterns
 from childtune_kernels.integrations import train_set
@@ -277,6 +277,20 @@ class TestMeasuring:
         fisher = fisher_of_train_set(trainer, batch_size=3)
         assert dict(fisher.records_by_size) == {3: 2, 2: 1}
         assert fisher.examples == EXAMPLES
+
+    def test_examples_go_through_the_trainers_collator(self, tmp_path: Path) -> None:
+        sizes: list[int] = []
+
+        def collate(examples: list[Any]) -> Any:
+            sizes.append(len(examples))
+            return default_data_collator([{**each, "labels": 1} for each in examples])
+
+        options = {"data_collator": collate}
+        fisher = fisher_of_train_set(trainer_of(tmp_path, D, trainer_options=options), batch_size=3)
+        assert sizes == [3, 3, 2]
+        changed = [{**each, "labels": 1} for each in data_of("Bert")]
+        expected = fisher_of_train_set(trainer_of(tmp_path, D, train_set=changed), batch_size=3)
+        assert_same_bits(fisher.values(), expected.values())
 
     def test_a_stream_is_cut_to_examples(self, tmp_path: Path) -> None:
         class Stream(torch.utils.data.IterableDataset):

@@ -236,6 +236,21 @@ def test_a_run_that_changed_the_child_says_why_there_is_no_checkpoint(tmp_path: 
     assert trainer.state.global_step == 4
 
 
+def test_a_trial_of_a_search_leaves_no_child(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last trial is not the best one, and its child would be taken for that."""
+    trainer = trainer_of(tmp_path, ChildTuningArguments("D", 0.3))
+    trainer.train()
+    (tmp_path / integration.CHILD_NAME).unlink()
+    monkeypatch.setattr(transformers.Trainer, "train", lambda *_, **__: None)
+    trainer.train(trial={"learning_rate": 1e-3})
+    trainer.train(None, {"learning_rate": 1e-3})
+    assert not (tmp_path / integration.CHILD_NAME).exists()
+    trainer.train()
+    assert (tmp_path / integration.CHILD_NAME).exists()
+
+
 class TestAdapters:
     """LoRA of PEFT: frozen weights are nobody's affair, and a fresh adapter has half of its gradients."""
 
@@ -295,6 +310,14 @@ class TestAdapters:
         assert str(trainer.state.best_model_checkpoint).endswith("checkpoint-2")
 
 
+class Stream(torch.utils.data.IterableDataset[Any]):
+    """Examples without end."""
+
+    def __iter__(self) -> Any:
+        while True:
+            yield from data_of("Bert")
+
+
 def trained_on_ranks(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor], ChildMask]:
     """A Trainer under DistributedDataParallel: its Fisher information, weights and child."""
     with as_launched():
@@ -309,6 +332,8 @@ def trained_on_ranks(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor],
         )
         fisher = fisher_of_train_set(trainer, max_examples=5)
         trainer.train()
+        trainer.train_dataset = Stream()
+        assert fisher_of_train_set(trainer, max_examples=6).examples == 6  # of both ranks together
         assert trainer.child_mask is not None
         return fisher.values(), weights_of(trainer.model), trainer.child_mask
 

@@ -99,6 +99,7 @@ def _step(record: dict[str, Any]) -> Iterator[tuple[str, str]]:
     yield "time / torch fused", with_quartiles(record, "ratio_to_fused")
     yield "unfused / time", with_quartiles(record, "speedup_over_unfused")
     yield "time / one group", with_quartiles(record, "ratio_to_one_group")
+    yield "ms from idle", milliseconds(record["seconds_from_idle"])
     yield "CPU µs a tensor", f"{record['host_us_per_tensor']:.2f}"
     new_lr = record.get("host_us_per_tensor_new_lr")
     yield "with a new lr", "" if new_lr is None else f"{new_lr:.2f}"

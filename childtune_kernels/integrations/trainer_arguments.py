@@ -41,8 +41,9 @@ class ChildTuningArguments:
         reserve_p: F: the probability that a gradient element is kept. D: the share of the weights in
             scope that are in the child. In (0, 1].
         child_mask: D: the child, a ``ChildMask`` or the file that one was saved in; nothing is measured.
-        child_include, child_exclude: D: patterns (``fnmatch``) on parameter names: which weights may be
-            in the child; all others train densely. Neither: the layers, see ``layer_patterns``.
+        child_include: D: patterns (``fnmatch``) on parameter names: which weights may be in the child; all
+            others train densely. None: the layers, see ``layer_patterns``.
+        child_exclude: D: patterns of weights that are not in the child's scope all the same.
         child_granularity: D: 1, or a multiple of 32: whole runs of so many weights are in or out.
         fisher_examples: D: at most so many training examples are measured, drawn by the seed; None: all.
         fisher_batch_size: D: 1 squares the gradient of each example, as the paper has it; more squares

@@ -43,6 +43,7 @@ def read_options(description: str | None, arguments: Sequence[str] | None) -> ar
     for name in ("tasks", "methods", "learning_rates", "vanilla_learning_rates", "reserve_p_f", "reserve_p_d"):  # fmt: skip  # noqa: E501
         setattr(options, name, list(dict.fromkeys(getattr(options, name) or ())))
     _fill_in_transfer(parser, options)
+    _check_places(parser, options)
     given = dict(options.epochs)
     for task in given:
         if task and task not in options.tasks:
@@ -111,6 +112,18 @@ def _fill_in_transfer(parser: argparse.ArgumentParser, options: argparse.Namespa
             for chosen, folder in options.evaluate_on
         ]
     options.train_examples = options.train_examples or TRANSFER_EXAMPLES
+
+
+def _check_places(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None:
+    """Refuse what is plainly not there before a grid is printed, and before the hub is asked for it."""
+    if options.model.startswith((".", "/", "~")) and not Path(options.model).is_dir():
+        parser.error(f"--model {options.model}: there is no such folder; give one, or a hub id")
+    if options.data is not None and not options.data.is_dir():
+        parser.error(
+            f"--data {options.data}: there is no such folder; without --data the hub is asked"
+        )
+    if options.out.exists() and not options.out.is_dir():
+        parser.error(f"--out {options.out} is a file; name a folder")
 
 
 def _add_data_options(parser: argparse.ArgumentParser) -> None:
