@@ -15,11 +15,13 @@ from .plan_row import INDICES_UNIT, WORDS_UNIT
 # cost what reading the tensor costs, indices 2 to 4 ns an element of the child, a run about 30 ns and its
 # elements. Below one element in sixteen indices also need less memory than words.
 _SPARSE = 1 / 16
-# On GPUs, from what kernels move and issue (docs/performance.md; not yet measured): by words every element
-# costs instructions, whether in the child or not.
-_SPARSE_ON_GPUS = 1 / 4
 _RUN_LENGTH = 24
 _ELEMENTS_A_RUN = 160
+# On GPUs words cost every element instructions, whether in the child or not: on an H200 at every density from
+# 0.06 to 0.7 two to three times what indices cost, which beat runs of up to 64 elements, too (2**25 fp32,
+# benchmarks/results/2026-11-27-nvidia-h200-layouts.json). So there nothing is laid out by words unasked.
+_SPARSE_ON_GPUS = 1
+_RUN_LENGTH_ON_GPUS = 64
 
 LAYOUT_KEYS = ("mask_words", "child_ranks", "child_indices", "child_runs")
 
@@ -70,9 +72,11 @@ def child_layout(words: Tensor, numel: int, layout: str | None = None) -> dict[s
 
 def suitable_layout(count: int, runs: int, numel: int, device: torch.device) -> str:
     """The layout for ``count`` child elements in so many runs, among ``numel``, for a device's kernels."""
-    if count >= _RUN_LENGTH * runs and numel - count >= _ELEMENTS_A_RUN * (runs - 1):
+    on_cpu = device.type == "cpu"
+    length = _RUN_LENGTH if on_cpu else _RUN_LENGTH_ON_GPUS
+    if count >= length * runs and numel - count >= _ELEMENTS_A_RUN * (runs - 1):
         return "runs"
-    sparse = _SPARSE if device.type == "cpu" else _SPARSE_ON_GPUS
+    sparse = _SPARSE if on_cpu else _SPARSE_ON_GPUS
     return "indices" if count < sparse * numel else "words"
 
 

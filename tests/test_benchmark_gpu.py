@@ -162,7 +162,7 @@ def test_a_tiny_run_is_no_measurement(runs: dict[str, Run]) -> None:
 def test_a_sweep_compares_configurations(runs: dict[str, Run]) -> None:
     _, output, result, tables = runs["whole"]
     found = [(r["op"], r["tile"], r["present"]) for r in result["sweep"] if r["of"] == "plain"]
-    assert sorted(found) == [("child_adamw", 2048, False), ("child_adamw", 4096, True)]
+    assert sorted(found) == [("child_adamw_light", 2048, False), ("child_adamw_light", 4096, True)]
     row = "| child_adamw_compact | ct_d_0.3 | 4096 | 1 |"
     assert row in output
     assert row in tables

@@ -163,12 +163,13 @@ def test_layouts_that_are_of_no_child_are_refused(
     ("count", "runs", "on_cpus", "on_gpus"),
     [
         (0, 0, "runs", "runs"),
-        (24 * 100, 100, "runs", "runs"),
+        (24 * 100, 100, "runs", "indices"),
         (24 * 100 - 1, 100, "indices", "indices"),
+        (64 * 100, 100, "runs", "runs"),
+        (64 * 100 - 1, 100, "runs", "indices"),
         (6249, 6000, "indices", "indices"),
         (6250, 6000, "words", "indices"),
-        (24_999, 20_000, "words", "indices"),
-        (25_000, 20_000, "words", "words"),
+        (99_999, 20_000, "words", "indices"),
     ],
 )
 def test_the_layout_suits_density_clustering_and_device(

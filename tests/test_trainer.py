@@ -235,6 +235,13 @@ class TestMeasuring:
         assert_same_bits(weights_of(model), before)
         assert trainer.accelerator._dataloaders == []
 
+    def test_numbers_are_checked(self, tmp_path: Path) -> None:
+        trainer = trainer_of(tmp_path, D)
+        for options in ({"max_examples": 0}, {"max_examples": 2.5}, {"batch_size": -1}):
+            with pytest.raises(ValueError, match="must be a whole number, 1 or more"):
+                fisher_of_train_set(trainer, **options)
+        assert fisher_of_train_set(trainer, max_examples=np.int64(3)).examples == 3
+
     def test_an_error_leaves_the_trainer_as_it_was(self, tmp_path: Path) -> None:
         trainer = trainer_of(tmp_path, D, train_set=[{"input_ids": torch.arange(4)}])
         assert trainer.model is not None

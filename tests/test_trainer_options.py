@@ -51,9 +51,11 @@ pytestmark = pytest.mark.usefixtures("one_thread")
         ({"child_mode": "D", "child_mask": "m", "fisher_examples": 3}, "fisher_examples=3 has no effect"),
         ({"child_mode": "F", "reserve_p": 0.1, "child_mask": "m"}, "no effect beside child_mask|of mode D"),
         ({"child_mode": "F", "reserve_p": 0.1, "fisher_examples": 3}, "fisher_examples=3 is of mode D"),
-        ({"child_mode": "D", "reserve_p": 0.1, "fisher_examples": 0}, "fisher_examples=0 must be a number"),
+        ({"child_mode": "D", "reserve_p": 0.1, "fisher_examples": 0}, "fisher_examples=0 must be a w"),
         ({"child_mode": "D", "reserve_p": 0.1, "fisher_batch_size": 0}, "fisher_batch_size=0 must be"),
         ({"child_mode": "D", "reserve_p": 0.1, "child_granularity": 48}, "child_granularity=48 must be 1"),
+        ({"child_mode": "D", "reserve_p": 0.1, "child_granularity": "32"}, "child_granularity='32' must"),
+        ({"child_mode": "D", "reserve_p": 0.1, "fisher_examples": True}, "fisher_examples=True must be a"),
         ({"child_mode": "D", "reserve_p": 0.1, "scale_learning_rate": True}, "scale_learning_rate=True is"),
         ({"child_mode": "D", "reserve_p": 0.1, "fisher_examples": 2.5}, "fisher_examples=2.5 must be"),
         ({"child_mode": "none", "child_seed": 3}, "child_seed=3 has no effect in mode none"),
@@ -236,6 +238,19 @@ def test_a_run_that_changed_the_child_says_why_there_is_no_checkpoint(tmp_path: 
     assert trainer.state.global_step == 4
 
 
+def test_a_disk_that_is_full_leaves_the_trained_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(*arguments: Any, **options: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(integration, "save_child", no_space)
+    trainer = trainer_of(tmp_path, ChildTuningArguments("D", 0.3))
+    with pytest.warns(UserWarning, match=r"tuned_child\.safetensors is not written: .*No space"):
+        trainer.train()
+    assert trainer.state.global_step == 4
+
+
 def test_a_trial_of_a_search_leaves_no_child(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -333,7 +348,7 @@ def trained_on_ranks(folder: str) -> tuple[dict[str, Tensor], dict[str, Tensor],
         fisher = fisher_of_train_set(trainer, max_examples=5)
         trainer.train()
         trainer.train_dataset = Stream()
-        assert fisher_of_train_set(trainer, max_examples=6).examples == 6  # of both ranks together
+        assert fisher_of_train_set(trainer, max_examples=7).examples == 7  # of both ranks together
         assert trainer.child_mask is not None
         return fisher.values(), weights_of(trainer.model), trainer.child_mask
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -94,7 +96,21 @@ def test_the_mask_is_that_of_the_checkpoint(tmp_path: Path, request: pytest.Fixt
         (PLAIN, F, "child_mode='F', but the run in .* has 'none'"),
         (F, replace(F, reserve_p=0.9), "reserve_p=0.9, but the run in .* has 0.3"),
         (D, replace(D, reserve_p=0.5), "reserve_p=0.5, but the run in .* has 0.1"),
-        (F, replace(F, child_seed=9), "child_seed=9, but the run in .* has None"),
+        (F, replace(F, child_seed=9), "child_seed=9, but the run in .* has 42"),
+        (
+            F,
+            replace(F, scale_learning_rate=True),
+            "scale_learning_rate=True, but the run in .* has False",
+        ),
+        (
+            D,
+            replace(D, child_include=["*attention*"]),
+            r"child_include=\['\*attention\*'\], but the run in",
+        ),
+        (D, replace(D, child_exclude=["*bias"]), "child_exclude="),
+        (D, replace(D, child_granularity=32), "child_granularity=32, but the run in .* has 1;"),
+        (D, replace(D, fisher_examples=3), "fisher_examples=3, but the run in .* has None"),
+        (D, replace(D, fisher_batch_size=2), "fisher_batch_size=2, but the run in .* has 1;"),
         (F, replace(F, optimizer_options={"skip_nonfinite": True}), "optimizer_options={'skip_n"),
     ],
 )
@@ -106,6 +122,61 @@ def test_other_choices_are_refused(tmp_path: Path, begun: Any, goes_on: Any, mes
     with pytest.raises(ValueError, match=message):
         other.train(resume_from_checkpoint=True)
     assert_same_bits(weights_of(other.model), before)
+
+
+def test_another_seed_of_the_run_is_another_seed_of_the_masks(tmp_path: Path) -> None:
+    trainer_of(tmp_path, F, save_strategy="steps", save_steps=2, max_steps=2).train()
+    with pytest.raises(ValueError, match=r"child_seed=7, but the run in .* has 42"):
+        trainer_of(tmp_path, F, seed=7).train(resume_from_checkpoint=True)
+    same = replace(
+        F, child_seed=42, scale_learning_rate=None, reserve_p=np.float64(0.3),
+        optimizer_options={"convention": "torch", "clip": "before_mask", "backend": "reference"},
+    )  # fmt: skip
+    resumed = trainer_of(tmp_path, same, seed=7)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # of a rate that a resumed run does not take
+        resumed.train(resume_from_checkpoint=True)
+    assert resumed.state.global_step == 4
+
+
+@pytest.mark.parametrize("text", ["", "[]", "null", "{}", "{"])
+def test_damaged_choices_are_named(tmp_path: Path, text: str) -> None:
+    trainer_of(tmp_path, F, save_strategy="steps", save_steps=2, max_steps=2).train()
+    path = tmp_path / "checkpoint-2" / "child_tuning.json"
+    assert path.exists()
+    path.write_text(text)
+    with pytest.raises(ValueError, match=r"child_tuning\.json (is damaged|holds no choices)"):
+        trainer_of(tmp_path, F).train(resume_from_checkpoint=True)
+
+
+def test_a_mask_of_another_run_is_not_taken(tmp_path: Path) -> None:
+    """A plain run in the folder of an earlier one; a run over another's checkpoints."""
+    saved: dict[str, Any] = {"save_strategy": "steps", "save_steps": 2, "max_steps": 2}
+    trainer_of(tmp_path, D, **saved).train()
+    checkpoint = tmp_path / "checkpoint-2"
+    (checkpoint / "child_tuning.json").unlink()
+    with pytest.raises(ValueError, match=r"child_mode='F', but the run in .* has a child_mask"):
+        trainer_of(tmp_path, F).train(resume_from_checkpoint=str(checkpoint))
+    trainer_of(tmp_path, F, **saved).train()
+    assert not (checkpoint / integration.MASK_NAME).exists()
+    shutil.rmtree(checkpoint)
+    plain = arguments_of(tmp_path, **saved)
+    transformers.Trainer(model_of("Bert"), plain, train_dataset=data_of("Bert")).train()
+    own = tmp_path / f"previous_{integration.MASK_NAME}"
+    own.rename(tmp_path / integration.MASK_NAME)
+    with pytest.raises(ValueError, match=r"has no child_mask\.safetensors"):
+        trainer_of(tmp_path, D).train(resume_from_checkpoint=str(checkpoint))
+
+
+def test_a_path_is_a_mask_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = saved_run(tmp_path / "first", D)
+    given = ChildTuningArguments("D", child_mask=tmp_path / "first" / integration.MASK_NAME)  # type: ignore[arg-type]
+    assert_same_bits(saved_run(tmp_path / "second", given), expected)
+    resumed = trainer_of(tmp_path / "second", given, dropout=True)
+    monkeypatch.chdir(tmp_path / "second" / "checkpoint-2")
+    Path(integration.MASK_NAME).unlink()
+    resumed.train(resume_from_checkpoint=".")
+    assert_same_bits(weights_of(resumed.model), expected)
 
 
 @pytest.mark.parametrize(("first", "then"), [(0.0, 0.01), (0.01, 0.0)])
@@ -124,7 +195,7 @@ def test_clipping_is_that_of_the_present_arguments(
 def test_a_trainer_that_goes_on_with_another_run_has_its_child(tmp_path: Path) -> None:
     saved_run(tmp_path / "first", D)
     checkpoint = tmp_path / "first" / "checkpoint-2"
-    trainer = trainer_of(tmp_path / "second", replace(D, child_include=["*attention*"]))
+    trainer = trainer_of(tmp_path / "second", D, train_set=data_of("Bert", 5))
     trainer.train()
     own = trainer.child_mask
     trainer.train(resume_from_checkpoint=str(checkpoint))

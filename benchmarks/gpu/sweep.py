@@ -48,8 +48,10 @@ _COPY = "copy"
 
 #: Whose step shows how an op is cut up best.
 SWEPT: dict[str, tuple[Variant, ...]] = {
-    "child_adamw": (PLAIN, CT_F, PLAIN_SPLIT, CT_F_SPLIT),
-    "child_adamw_compact": (CT_D, CT_D_SPARSE, CT_D_SPARSEST, CT_D_RUNS),
+    "child_adamw_light": (PLAIN, CT_F),
+    "child_adamw": (PLAIN_SPLIT, CT_F_SPLIT),
+    "child_adamw_compact": (CT_D, CT_D_SPARSE, CT_D_SPARSEST),
+    "child_adamw_runs": (CT_D_RUNS,),
 }
 SWEPT_CONTESTS = {
     FISHER_NAMES[BERT_LARGE.name]: fisher.OURS,

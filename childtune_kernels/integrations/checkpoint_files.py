@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 from pathlib import Path
@@ -20,28 +21,45 @@ CHILD_NAME = "tuned_child.safetensors"
 CHOICES_NAME = "child_tuning.json"
 
 
-def write_choices(folder: str, tuning: ChildTuningArguments) -> None:
-    """Write the choices that a resumed run must share, as ``child_tuning.json``."""
-    text = json.dumps(_choices(tuning), indent=2) + "\n"
+# What of the choices decides which weights are in a measured child.
+_OF_MEASURING = (
+    "reserve_p", "child_include", "child_exclude", "child_granularity", "fisher_examples",
+    "fisher_batch_size",
+)  # fmt: skip
+
+
+def write_choices(folder: str, tuning: ChildTuningArguments, seed: int) -> None:
+    """Write the choices that a resumed run must share, as ``child_tuning.json``.
+
+    Args:
+        folder: of a checkpoint.
+        tuning: the choices.
+        seed: of the run (``TrainingArguments``).
+    """
+    text = json.dumps(_choices(tuning, seed), indent=2) + "\n"
     Path(folder, CHOICES_NAME).write_text(text, encoding="utf-8")
 
 
-def check_resumed(folder: str, tuning: ChildTuningArguments) -> None:
+def check_resumed(folder: str, tuning: ChildTuningArguments, seed: int) -> None:
     """Refuse to go on with a run under other choices, which its saved state would override silently.
 
-    A checkpoint of another Trainer has none and may go on in mode F or none.
+    Choices are compared by what they do: a default may be spelt out. A checkpoint of another Trainer has none
+    and may go on in mode F or none.
 
     Raises:
-        ValueError: names the choice and both values.
+        ValueError: names the choice and both values, or a file that cannot be read.
     """
-    path = Path(folder, CHOICES_NAME)
-    if not path.exists():
+    if not has_choices(folder):
+        if tuning.child_mode != "D" and Path(folder, MASK_NAME).exists():
+            raise ValueError(
+                f"child_mode={tuning.child_mode!r}, but the run in {folder} has a {MASK_NAME}; resume in "
+                "mode 'D', or start a new run from its weights"
+            )
         return
-    saved = json.loads(path.read_text(encoding="utf-8"))
-    given = _choices(tuning)
-    if tuning.child_mask is not None:
-        given["reserve_p"] = saved.get("reserve_p")  # the masks are compared
+    saved, given = _saved_choices(Path(folder, CHOICES_NAME)), _choices(tuning, seed)
     for name, value in given.items():
+        if tuning.child_mask is not None and name in _OF_MEASURING:
+            continue  # the masks are compared
         if saved.get(name) != value:
             raise ValueError(
                 f"{name}={value!r}, but the run in {folder} has {saved.get(name)!r}; resume with that, or "
@@ -49,12 +67,34 @@ def check_resumed(folder: str, tuning: ChildTuningArguments) -> None:
             )
 
 
-def _choices(tuning: ChildTuningArguments) -> dict[str, Any]:
-    options = {name: str(value) for name, value in tuning.options_of_optimizer().items()}
+def has_choices(folder: str) -> bool:
+    """Whether a checkpoint is of a ChildTuningTrainer."""
+    return Path(folder, CHOICES_NAME).exists()
+
+
+def _saved_choices(path: Path) -> dict[str, Any]:
+    try:
+        saved = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); resume from another checkpoint") from None
+    if not isinstance(saved, dict) or "child_mode" not in saved:
+        raise ValueError(f"{path} holds no choices of a run; resume from another checkpoint")
+    return saved
+
+
+def _choices(tuning: ChildTuningArguments, seed: int) -> dict[str, Any]:
+    defaults = inspect.signature(FusedChildAdamW).parameters
+    options = {
+        name: str(value)
+        for name, value in tuning.options_of_optimizer().items()
+        if name != "backend" and value != defaults[name].default
+    }
+    own_seed = seed if tuning.child_seed is None else tuning.child_seed
     return {
         "child_mode": tuning.child_mode,
-        "reserve_p": tuning.reserve_p,
-        "child_seed": tuning.child_seed,
+        **{name: getattr(tuning, name) for name in _OF_MEASURING},
+        "child_seed": None if tuning.child_mode == "none" else own_seed,
+        "scale_learning_rate": bool(tuning.scale_learning_rate),
         "optimizer_options": options,
     }
 
@@ -70,7 +110,7 @@ def same_child(saved: ChildMask, place: Path, given: ChildMask | str | None) -> 
     if given is not None and given != saved:
         raise ValueError(
             f"child_mask is not the child of the run that is resumed, {place}; leave it out, or start a new "
-            "run from its weights"
+            "run from its weights (a run whose child was changed by set_child_mask cannot be resumed)"
         )
     return saved
 
@@ -88,6 +128,11 @@ def trains(optimizer: FusedChildAdamW, mask: ChildMask) -> bool:
             if words is not None and not torch.equal(words.cpu(), expected.cpu()):  # type: ignore[union-attr]
                 return False
     return True
+
+
+def drop_mask(folder: str) -> None:
+    """Remove the mask of another run from a checkpoint that has been written over it."""
+    Path(folder, MASK_NAME).unlink(missing_ok=True)
 
 
 def set_aside(folder: str, tuning: ChildTuningArguments) -> None:

@@ -18,6 +18,7 @@ from transformers import Trainer
 from ..fisher import FisherAccumulator
 from ..fisher_scope import Patterns, layer_patterns
 from ..progress import progress_of
+from .trainer_arguments import whole_number
 
 
 def fisher_of_train_set(
@@ -49,8 +50,11 @@ def fisher_of_train_set(
 
     Raises:
         ValueError: an iterable dataset without ``max_examples``; fewer examples than ranks; patterns that
-            match nothing.
+            match nothing; numbers below 1.
     """
+    if max_examples is not None:
+        max_examples = whole_number("max_examples", max_examples)
+    batch_size = whole_number("batch_size", batch_size)
     seed = trainer.args.seed if seed is None else seed
     model: Any = trainer.model
     if include is None:
@@ -95,10 +99,7 @@ def _of_dataset(
         chosen = sorted(draw[:most].tolist())
     if not chosen:
         raise ValueError("train_dataset is empty, and nothing can be measured; give examples")
-    if len(chosen) < world:
-        raise ValueError(
-            f"{len(chosen)} examples are too few to measure on {world} ranks; every rank needs one"
-        )
+    _check_every_rank_has_one(len(chosen), world)
     # Not the prepared loader's own split, which repeats examples to make ranks even.
     own = chosen[trainer.args.process_index :: world]
     batches: DataLoader[Any] = DataLoader(
@@ -121,7 +122,9 @@ def _of_stream(
         raise ValueError(
             "fisher_examples is missing: how many examples of an iterable train set shall be measured?"
         )
-    most = math.ceil(most / trainer.args.world_size)
+    rank, world = trainer.args.process_index, trainer.args.world_size
+    _check_every_rank_has_one(most, world)
+    most = len(range(rank, most, world))
 
     def cut() -> Iterator[tuple[int, Any]]:
         left = most
@@ -135,6 +138,13 @@ def _of_stream(
                 return
 
     return cut(), math.ceil(most / size)
+
+
+def _check_every_rank_has_one(examples: int, world: int) -> None:
+    if examples < world:
+        raise ValueError(
+            f"{examples} examples are too few to measure on {world} ranks; every rank needs one"
+        )
 
 
 def _part(value: Any, first: int, end: int) -> Any:

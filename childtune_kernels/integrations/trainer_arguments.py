@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import operator
+import os
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
 
@@ -118,6 +120,7 @@ class ChildTuningArguments:
     )
 
     def __post_init__(self) -> None:
+        self._take_values_as_they_come()
         if self.child_mode not in get_args(Mode):
             raise ValueError(
                 f"child_mode={self.child_mode!r} is unknown; use 'F' (random masks), 'D' (a fixed child of "
@@ -135,6 +138,17 @@ class ChildTuningArguments:
                 "trains at AdamW's rate"
             )
         self.options_of_optimizer()
+
+    def _take_values_as_they_come(self) -> None:
+        """Paths, and numbers of NumPy and torch, become what JSON and HfArgumentParser know."""
+        if isinstance(self.child_mask, os.PathLike):
+            self.child_mask = os.fspath(self.child_mask)
+        if hasattr(self.reserve_p, "item"):
+            self.reserve_p = float(self.reserve_p)  # type: ignore[arg-type]
+        if self.fisher_examples is not None:
+            self.fisher_examples = whole_number("fisher_examples", self.fisher_examples)
+        self.fisher_batch_size = whole_number("fisher_batch_size", self.fisher_batch_size)
+        self.child_granularity = whole_number("child_granularity", self.child_granularity)
 
     def options_of_optimizer(self) -> dict[str, Any]:
         """``optimizer_options`` as a dict.
@@ -188,13 +202,24 @@ class ChildTuningArguments:
                     f"{name}={value!r} has no effect beside child_mask={self.child_mask!r}, which says "
                     "what is in the child; leave one out"
                 )
-        for name in ("fisher_examples", "fisher_batch_size"):
-            value = getattr(self, name)
-            if value is not None and (not isinstance(value, int) or value < 1):
-                raise ValueError(f"{name}={value!r} must be a number of examples, 1 or more")
         granularity = self.child_granularity
-        if granularity != 1 and (granularity < 1 or granularity % 32):
+        if granularity != 1 and granularity % 32:
             raise ValueError(f"child_granularity={granularity!r} must be 1 or a multiple of 32")
+
+
+def whole_number(name: str, value: Any) -> int:
+    """A whole number from 1 on, of whatever type.
+
+    Raises:
+        ValueError: names the option and the value.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number, 1 or more")
+    return number
 
 
 def _options(given: Any) -> dict[str, Any]:

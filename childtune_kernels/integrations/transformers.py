@@ -27,6 +27,8 @@ from .checkpoint_files import (
     FISHER_NAME,
     MASK_NAME,
     check_resumed,
+    drop_mask,
+    has_choices,
     same_child,
     set_aside,
     trains,
@@ -171,7 +173,7 @@ class ChildTuningTrainer(Trainer):
         """Make the FusedChildAdamW, and before it, in mode D, find or measure the child."""
         tuning, arguments = self.child_tuning, self.args
         if self._resumed_from is not None:
-            check_resumed(self._resumed_from, tuning)
+            check_resumed(self._resumed_from, tuning, arguments.seed)
         if tuning.child_mode == "D" and (self.optimizer is None or self._resumed_from):
             self.child_mask = self._find_or_measure()
         if self.optimizer is not None:
@@ -201,7 +203,8 @@ class ChildTuningTrainer(Trainer):
         if self.child_mask is not None and not trains(optimizer, self.child_mask):
             raise ValueError(
                 f"resume_from_checkpoint: the optimizer's state in {checkpoint} is not of the child of "
-                f"{MASK_NAME} there, or above it; give the run's own as child_mask"
+                f"{MASK_NAME} there, or above it; give the run's own as child_mask (a run whose child was "
+                "changed by set_child_mask cannot be resumed)"
             )
 
     def _learning_rate_of_child(self) -> float:
@@ -213,7 +216,8 @@ class ChildTuningTrainer(Trainer):
         if tuning.scale_learning_rate:
             return comparable
         # AdamW's customary rates have one digit (2e-5, 5e-5, 1e-4); lr_for's seldom do.
-        if tuning.scale_learning_rate is None and float(f"{rate:.0e}") == rate:
+        fresh = self._resumed_from is None  # a resumed run has the rate that it began with
+        if fresh and tuning.scale_learning_rate is None and float(f"{rate:.0e}") == rate:
             warnings.warn(
                 f"learning_rate={rate:g} looks like one of AdamW's, at which CT_F undertrains: with "
                 f"reserve_p={tuning.reserve_p:g} it moves weights as far at lr_for({tuning.reserve_p:g}, "
@@ -252,15 +256,20 @@ class ChildTuningTrainer(Trainer):
     def save_model(self, output_dir: str | None = None, *arguments: Any, **options: Any) -> None:
         """Save the model as the Trainer does, and beside it the child's mask and what was asked for."""
         super().save_model(output_dir, *arguments, **options)
-        self._write_mask(output_dir or self._folder)
+        folder = output_dir or self._folder
+        self._write_mask(folder)
         if self.args.should_save:
-            write_choices(output_dir or self._folder, self.child_tuning)
+            write_choices(folder, self.child_tuning, self.args.seed)
+            if self.child_mask is None and folder != self._folder:
+                drop_mask(folder)
 
     def _find_or_measure(self) -> ChildMask:
         """The child of a given file, of the run that is resumed, or of the Fisher information."""
         tuning, folder = self.child_tuning, self._resumed_from
         if folder is not None:
-            for place in (Path(folder, MASK_NAME), Path(folder).parent / MASK_NAME):
+            # What lies above a checkpoint of another Trainer is of another run.
+            above = [Path(folder).resolve().parent / MASK_NAME] * has_choices(folder)
+            for place in (Path(folder, MASK_NAME), *above):
                 if place.exists():
                     _log.info("the child is that of %s", place)
                     return same_child(ChildMask.load(place), place, tuning.child_mask)
@@ -319,7 +328,7 @@ class ChildTuningTrainer(Trainer):
                     self.child_mask,
                     optimizer=_innermost(self.optimizer),
                 )
-            except ValueError as error:
+            except (ValueError, OSError) as error:
                 warnings.warn(f"{CHILD_NAME} is not written: {error}", UserWarning, stacklevel=3)
 
 

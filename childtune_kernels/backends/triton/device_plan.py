@@ -72,6 +72,16 @@ class Cut(NamedTuple):
     registers: int
 
 
+def _name_of(combination: Combination) -> str:
+    """Under which name launch.py has the tile and warps of a combination."""
+    if combination.layout == "runs":
+        return "child_adamw_runs"
+    if combination.layout not in ("dense", "fixed"):
+        return "child_adamw_compact"
+    heavy = combination.master != "none" or combination.draws or combination.layout == "fixed"
+    return "child_adamw" if heavy or combination.compute == torch.float64 else "child_adamw_light"
+
+
 def cut_of(combination: Combination, generation: str) -> Cut:
     """The tile and lanes with which a kernel needs no more than 64 registers a thread.
 
@@ -79,8 +89,7 @@ def cut_of(combination: Combination, generation: str) -> Cut:
     and a fixed mask in one tile take 80 registers: the instructions that they are limited by hide what half
     of all threads would.
     """
-    op = "child_adamw" if combination.layout in ("dense", "fixed") else "child_adamw_compact"
-    config = launch.config(op, generation)
+    config = launch.config(_name_of(combination), generation)
     tile, num_warps = config
     words = combination.layout == "words"
     if generation == "interpreter":

@@ -65,23 +65,34 @@ HALF_OCCUPANCY = 64
 THIRD_OCCUPANCY = 80  # three eighths of them
 
 # Never autotuned: the trial runs of an in-place kernel would change weights and state. Four elements a
-# thread are one 128-bit access of fp32, and leave registers for more than half of all threads. Not yet
-# measured on a GPU: `make gpu` compares these with their neighbours.
+# thread are one 128-bit access of fp32, and leave registers for more than half of all threads. On an H200
+# programs of four warps were 2 to 15 % faster than of eight but for scattered children, and eight elements a
+# thread another 2 to 4 % where they fit into 64 registers (`python -m benchmarks.gpu --sweep`, 2026-11-27).
 _GENERATIONS: dict[str, dict[str, Config]] = {
     "sm_80": {},
-    "sm_90": {},
+    "sm_90": {
+        "child_adamw_light": Config(1024, 4),
+        "child_adamw": Config(512, 4),
+        "child_adamw_runs": Config(512, 4),
+    },
     "sm_100": {},
     # Warps of 64 lanes.
     "gfx942": {
+        "child_adamw_light": Config(1024, 4),
         "child_adamw": Config(1024, 4),
         "child_adamw_compact": Config(1024, 4),
+        "child_adamw_runs": Config(1024, 4),
         "fisher_accumulate": Config(1024, 4),
         "gradient_norm": Config(1 << 15, 4),
     },
 }
 _DEFAULTS = {
+    "child_adamw_light": Config(
+        1024, 8
+    ),  # of dense state, without master weights or random rounding
     "child_adamw": Config(1024, 8),
     "child_adamw_compact": Config(1024, 8),
+    "child_adamw_runs": Config(1024, 8),
     "fisher_accumulate": Config(1024, 8),
     # A unit of 4096 elements for every 32 threads, each with four elements of its 32 rows.
     "gradient_norm": Config(1 << 15, 8),
