@@ -45,7 +45,8 @@ def run_as_program() -> int:
         try:
             return main()
         finally:
-            sys.stdout.flush()  # here, for at exit nobody could catch what it raises
+            if sys.stdout is not None:  # as it is where the shell closed it
+                sys.stdout.flush()  # here, for at exit nobody could catch what it raises
     except KeyboardInterrupt:  # somebody had enough of a long work; a trace is no help
         return INTERRUPTED
     except OSError as error:

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 CT_F, CT_D = "ChildTuning-F", "ChildTuning-D"
+# The conventions of its step, which no group may leave.
+_OF_RELEASED_CODE: dict[str, Any] = {"convention": "original", "freeze_non_child": False}
 # What is written in their place, in small letters.
 _SPELLINGS = {
     **dict.fromkeys(("childtuning-f", "f", "ct_f", "task-free", "bernoulli"), CT_F),
@@ -90,8 +92,7 @@ class ChildTuningAdamW(FusedChildAdamW):
             eps,
             weight_decay,
             reserve_p=share if mode == CT_F else 1.0,
-            freeze_non_child=False,
-            convention="original",
+            **_OF_RELEASED_CODE,
             correct_bias=correct_bias,
             seed=seed,
             backend=backend,
@@ -261,6 +262,11 @@ def _check_group(group: Mapping[str, Any], mode: str | None, where: str) -> None
         )
     if group.get("child_mask") is not None:
         raise ValueError(f"child_mask ({where}) cannot be a group's; call set_gradient_mask()")
+    for name, own in _OF_RELEASED_CODE.items():
+        if group.get(name, own) != own:
+            raise ValueError(
+                f"{name}={group[name]!r} ({where}) is not the released code's step; FusedChildAdamW has it"
+            )
     if mode != CT_F and group.get("reserve_p", 1.0) != 1.0:
         raise ValueError(
             f"reserve_p={group['reserve_p']!r} ({where}) has no effect with mode={mode!r}; leave it out, or "

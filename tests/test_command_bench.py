@@ -190,6 +190,7 @@ def test_bad_input_is_an_exit_code_of_one(
     }.items():
         assert message in error_of(capsys, "--model", str(tmp_path / name))
     assert "--device meta:x" in error_of(capsys, "--device", "meta:x")
+    assert "NVIDIA and AMD are cuda" in error_of(capsys, "--device", "gpu")
     if not torch.cuda.is_available():
         assert "try --device cpu" in error_of(capsys, "--device", "cuda")
 
@@ -199,7 +200,8 @@ def test_bad_input_is_an_exit_code_of_one(
     [
         ["--parameters", "many"], ["--parameters", "99K"], ["--parameters", "-1M"], ["--density", "0"],
         ["--density", "1.1"], ["--reserve-p", "half"], ["--seconds", "0"], ["--seconds", "nan"],
-        ["--threads", "0"], ["--dtype", "fp8"], ["--contenders", "sgd"], ["--contenders"],
+        ["--threads", "0"], ["--threads", "9" * 20], ["--reserve-p", "1e-12"],
+        ["--dtype", "fp8"], ["--contenders", "sgd"], ["--contenders"],
         ["--parameters", "1M", "--model", "base"],
     ],
     ids=" ".join,

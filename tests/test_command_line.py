@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import warnings
@@ -140,6 +141,15 @@ def test_a_reader_that_left_is_no_error(arguments: list[str], tmp_path: Path) ->
         os.close(writing)
     assert finished.stderr == ""
     assert finished.returncode == 1
+
+
+def test_an_output_that_is_closed_is_no_error(tmp_path: Path) -> None:
+    ChildMask.from_dense({"w": torch.ones(1, dtype=torch.bool)}).save(tmp_path / "mask")
+    finished = subprocess.run(
+        f"{shlex.quote(sys.executable)} -m childtune_kernels mask info mask >&-", shell=True,
+        cwd=tmp_path, stderr=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert (finished.returncode, finished.stderr) == (0, "")
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="this system has no full device")

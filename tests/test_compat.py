@@ -175,6 +175,10 @@ def test_it_is_fused_child_adamw_with_the_conventions_of_the_released_code() -> 
         theirs.items(), lr=0.1, eps=1e-6, weight_decay=0.2, child_mask=toy_mask(theirs),
         convention="original", freeze_non_child=False,
     )  # fmt: skip
+    halves = [Parameter(torch.ones(3, dtype=torch.bfloat16))]
+    kept = ChildTuningAdamW(halves, master_weight="stochastic", state_dtype=torch.bfloat16)
+    assert kept.param_groups[0]["master_weight"] == "stochastic"
+    assert kept.state[halves[0]]["exp_avg"].dtype == torch.bfloat16
     train(optimizer, ours, range(3))
     train(twin, theirs, range(3))
     assert all(identical(ours[name].detach(), theirs[name].detach()) for name in ours)
@@ -244,6 +248,8 @@ BAD_GROUPS: dict[str, tuple[str | None, dict[str, Any], str]] = {
     "child_mask": (D, {"child_mask": object()}, r"child_mask \(group 1\) .* set_gradient_mask"),
     "share in D": (D, {"reserve_p": 0.3}, r"reserve_p=0.3 \(group 1\) has no effect .*-D'; leave it"),
     "share": (None, {"reserve_p": 0.3}, r"reserve_p=0.3 \(group 1\) has no effect with mode=None"),
+    "convention": (F, {"convention": "torch"}, r"convention='torch' \(group 1\) is not the released"),
+    "freezing": (D, {"freeze_non_child": True}, r"freeze_non_child=True \(group 1\) is not the rel"),
     "misspelt": (F, {"weight_decy": 0.3}, r"did you mean 'weight_decay'"),
 }  # fmt: skip
 

@@ -234,6 +234,9 @@ class TestMeasuring:
         )
         assert_same_bits(weights_of(model), before)
         assert trainer.accelerator._dataloaders == []
+        assert (
+            trainer.args.average_tokens_across_devices is True
+        )  # torch's default, which ranks suspend
 
     def test_numbers_are_checked(self, tmp_path: Path) -> None:
         trainer = trainer_of(tmp_path, D)

@@ -97,15 +97,16 @@ def test_the_optimizer_has_the_options(tmp_path: Path) -> None:
         "F",
         0.25,
         scale_learning_rate=True,
-        child_seed=7,
+        child_seed=0,
         optimizer_options={"convention": "original"},
     )
-    trainer = trainer_of(tmp_path, tuning, learning_rate=1e-4, adam_beta1=0.8, adam_epsilon=1e-5)
+    adam: dict[str, Any] = {"adam_beta1": 0.8, "adam_beta2": 0.97, "adam_epsilon": 1e-5}
+    trainer = trainer_of(tmp_path, tuning, learning_rate=1e-4, **adam)
     optimizer = trainer.create_optimizer()
     assert isinstance(optimizer, FusedChildAdamW)
     decayed, plain = optimizer.param_groups
     expected = {
-        "lr": 2e-4, "betas": (0.8, 0.999), "eps": 1e-5, "reserve_p": 0.25, "seed": 7,
+        "lr": 2e-4, "betas": (0.8, 0.97), "eps": 1e-5, "reserve_p": 0.25, "seed": 0,
         "convention": "original", "max_grad_norm": 0.5,
     }  # fmt: skip
     for group in (decayed, plain):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from childtune_kernels import ChildMask, load_child
+from childtune_kernels import ChildMask, FusedChildAdamW, load_child
 
 from .cases import assert_same_bits
 
@@ -21,6 +21,7 @@ pytest.importorskip("transformers")
 import transformers
 
 from childtune_kernels.integrations import transformers as integration
+from childtune_kernels.integrations.checkpoint_files import trains
 from childtune_kernels.integrations.transformers import ChildTuningArguments
 
 from .test_trainer import PLAIN, D, F, moved
@@ -137,6 +138,16 @@ def test_another_seed_of_the_run_is_another_seed_of_the_masks(tmp_path: Path) ->
         warnings.simplefilter("error", UserWarning)  # of a rate that a resumed run does not take
         resumed.train(resume_from_checkpoint=True)
     assert resumed.state.global_step == 4
+
+
+def test_the_child_of_a_state_is_that_of_all_its_weights() -> None:
+    named = [(name, torch.nn.Parameter(torch.ones(70))) for name in "ab"]
+    child = ChildMask.from_dense({"a": torch.arange(70) < 3}, dense=["b"])
+    masked = FusedChildAdamW(named, child_mask=child)
+    assert trains(masked, child)
+    assert not trains(FusedChildAdamW(named), child)
+    assert not trains(masked, ChildMask.from_dense({n: torch.arange(70) < 3 for n in "ab"}))
+    assert not trains(masked, ChildMask.from_dense({"a": torch.arange(70) < 4}, dense=["b"]))
 
 
 @pytest.mark.parametrize("text", ["", "[]", "null", "{}", "{"])

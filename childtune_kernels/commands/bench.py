@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 
 from ..contenders import NAMES, Entrant, entrants_of
+from ..group_options import keep_threshold
 from ..machine import device_name, versions
 from ..model_shapes import ModelShapes, model_at, parameter_count, transformer_of
 from ..report.speeds import note, speeds_table, standing, verdict
@@ -27,7 +29,7 @@ def add_parser(subparsers: actions.Subparsers[argparse.ArgumentParser]) -> None:
         subparsers, "bench",
         "time a step of FusedChildAdamW beside torch's AdamW on this machine, for a model's tensors",
         "", "--model base/ --dtype bf16", "--parameters 350M --density 0.05 --seconds 60",
-        "--device cpu --threads 4 --contenders ct_f ct_d --json",
+        "--device cpu --threads 2 --contenders ct_f ct_d --json",
     )  # fmt: skip
     model = parser.add_mutually_exclusive_group()
     model.add_argument(
@@ -53,9 +55,12 @@ def add_parser(subparsers: actions.Subparsers[argparse.ArgumentParser]) -> None:
         help=f"of measuring, which takes {LEAST_ROUNDS} rounds in any case (default: 10); preparing is not "
         "counted",
     )
-    share = _argument(_share)
-    parser.add_argument("--reserve-p", type=share, default=0.3, help="of CT_F (default: 0.3)")
-    parser.add_argument("--density", type=share, default=0.1, help="of CT_D (default: 0.1)")
+    parser.add_argument(
+        "--reserve-p", type=_argument(_reserve_p), default=0.3, help="of CT_F (default: 0.3)"
+    )
+    parser.add_argument(
+        "--density", type=_argument(_share), default=0.1, help="of CT_D (default: 0.1)"
+    )
     parser.add_argument(
         "--contenders",
         nargs="+",
@@ -176,6 +181,8 @@ def _device(name: str | None) -> torch.device:
         torch.empty(1, device=device).cpu()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
         first = str(error).splitlines()[0]
+        if first.startswith("Expected one of"):  # and names two dozen kinds of devices
+            first = "there is no such kind of device; GPUs of NVIDIA and AMD are cuda"
         raise ValueError(
             f"--device {name} cannot be used here ({first}); try --device cpu"
         ) from error
@@ -194,6 +201,10 @@ def _argument(convert: Callable[[str], Any]) -> Callable[[str], Any]:
     return converted
 
 
+def _reserve_p(text: str) -> float:
+    return keep_threshold(float(text), "--reserve-p")[0]
+
+
 def _share(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -209,7 +220,7 @@ def _seconds(text: str) -> float:
 
 
 def _threads(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise ValueError(f"{text} must be 1 or more")
+    value, cores = int(text), os.cpu_count() or 1
+    if not 1 <= value <= cores:
+        raise ValueError(f"{text} must lie within 1 and the {cores} processors of this machine")
     return value
