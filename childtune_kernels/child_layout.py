@@ -19,7 +19,7 @@ _RUN_LENGTH = 24
 _ELEMENTS_A_RUN = 160
 # On GPUs words cost every element instructions, whether in the child or not: on an H200 at every density from
 # 0.06 to 0.7 two to three times what indices cost, which beat runs of up to 64 elements, too (2**25 fp32,
-# benchmarks/results/2026-11-27-nvidia-h200-layouts.json). So there nothing is laid out by words unasked.
+# benchmarks/results/2026-11-27-nvidia-h200/layouts.json). So there nothing is laid out by words unasked.
 _SPARSE_ON_GPUS = 1
 _RUN_LENGTH_ON_GPUS = 64
 

@@ -38,6 +38,7 @@ def section(result: Result, picture: str | None = None) -> str:
         f"CUDA {environment['cuda']}, Triton {environment['triton']}, Python {environment['python']}, "
         f"{environment['platform']}.",
         "",
+        *([result["note"], ""] if result["note"] and not result["tiny"] else []),
         *_proof(result),
         *_bandwidth(result),
     ]

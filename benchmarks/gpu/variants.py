@@ -75,7 +75,9 @@ def _optimi(parameters: Sequence[Tensor], **options: Any) -> Optimizer:
 
 
 def _flashoptim(parameters: Sequence[Tensor], **options: Any) -> Optimizer:
-    optimizer: Optimizer = import_module("flashoptim").FlashAdamW(parameters, **options)
+    optimizer: Optimizer = import_module("flashoptim").FlashAdamW(
+        parameters, master_weight_bits=None, **options
+    )
     return optimizer
 
 
