@@ -56,6 +56,18 @@ def test_no_directive_is_left_and_tables_are_tables(site: Path) -> None:
     assert re.search(r"<td>\s*<code>reserve_p</code>", page)
 
 
+def test_every_parameter_has_a_row_of_its_own(site: Path) -> None:
+    first_cell = r'<tr class="doc-section-item">\s*<td>\s*<code>([^<]+)</code>'
+    for path in (site / "reference").glob("*.html"):
+        names = re.findall(first_cell, path.read_text("utf-8"))
+        assert not [name for name in names if not re.fullmatch(r"\*{0,2}\w+", name)], path.name
+    page = (site / "reference" / "optimizer.html").read_text("utf-8")
+    own = page[page.index('id="childtune_kernels.ChildTuningAdamW"') :]
+    row = re.search(r"<td>\s*<code>betas</code>.*?</tr>", own, re.DOTALL)
+    assert row is not None
+    assert "0.999" in row[0]  # found in the signature: a default, and not "required"
+
+
 def test_links_out_of_the_folder_lead_to_pages(site: Path) -> None:
     guide = (site / "guide.html").read_text("utf-8")
     assert 'href="SPEC.html"' in guide
@@ -72,7 +84,12 @@ def test_what_leads_nowhere_fails(tmp_path: Path, broken: str) -> None:
     docs.mkdir()
     (docs / "index.md").write_text(f"# Page\n\n{broken}\n", "utf-8")
     settings = (ROOT / "mkdocs.yml").read_text("utf-8").partition("\nnav:")[0]
-    settings = settings.replace("hooks:\n  - docs/site_hooks.py\n", "").replace("paths: [.]", "")
+    for own in (
+        "hooks:\n  - docs/site_hooks.py\n",
+        "paths: [.]",
+        "extensions: [docs/parameter_rows.py]",
+    ):
+        settings = settings.replace(own, "")
     (tmp_path / "mkdocs.yml").write_text(settings, "utf-8")
     finished = build(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert finished.returncode != 0

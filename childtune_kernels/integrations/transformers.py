@@ -85,8 +85,8 @@ class ChildTuningTrainer(Trainer):
     does the same for that one: ``class ChildSFTTrainer(ChildTuningTrainer, SFTTrainer): pass``.
 
     Args:
+        *arguments, **options: as for the Trainer.
         child_tuning: the choices, see ``ChildTuningArguments``.
-        others: as for the Trainer.
 
     Attributes:
         child_mask: the child, in mode D from the first step on; else None.
