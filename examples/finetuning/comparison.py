@@ -12,6 +12,7 @@ from childtune_kernels import ChildMask
 from finetuning.children import CHILDREN, ChildNetworks
 from finetuning.labelled_text import Split
 from finetuning.methods import Method
+from finetuning.progress import tell_without_bar
 from finetuning.training import TextTask, TunedModel, TuningSettings, child_networks, fine_tune
 
 # Far from the seeds of the comparison, so that tuning sees other heads, batches and training sets.
@@ -141,6 +142,7 @@ def compare(contenders: Sequence[Contender], split: Split, plan: Plan) -> Compar
                     accuracy = result.accuracies[-1]
                     child_run = ChildRun(contender, seed, tuned, accuracy, networks, earlier)
                 progress.update()
+            tell_without_bar(f"seed {seed + 1} of {plan.seeds} is done")
     return Comparison(results, child_run)
 
 
@@ -174,6 +176,8 @@ def validate_learning_rates(
                     values.append(contender.task.accuracy(tuned.model, split.validation))
                     progress.set_postfix_str(f"{contender.title}, {rate:.1e}: {values[-1]:.1f} %")
                     progress.update()
+            done = seed - _FIRST_TUNING_SEED + 1
+            tell_without_bar(f"learning rates: seed {done} of {plan.tuning_seeds} is done")
     return [{rate: statistics.mean(values) for rate, values in own.items()} for own in found]
 
 

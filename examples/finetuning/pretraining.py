@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from finetuning.hashed_words import encode_texts, trimmed
 from finetuning.labelled_text import PRETRAINING_SECTIONS, PackageDescription
+from finetuning.progress import tell_without_bar
 from finetuning.small_encoder import SmallEncoder
 
 _BATCH = 64
@@ -44,7 +45,8 @@ def pretrain(packages: Sequence[PackageDescription], epochs: int, seed: int) -> 
         optimizer, _LEARNING_RATE, total_steps=steps, pct_start=0.1
     )
     progress = tqdm(total=steps, desc="pretraining", unit="step", disable=None)
-    for _ in range(epochs):
+    for epoch in range(epochs):
+        tell_without_bar(f"pretraining: epoch {epoch + 1} of {epochs} ...")
         order = torch.randperm(len(rows))
         for batch in order[: len(rows) // _BATCH * _BATCH].split(_BATCH):
             pieces = trimmed(descriptions[batch])
