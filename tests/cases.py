@@ -62,8 +62,9 @@ class Case:
 
     @property
     def in_dense_state(self) -> Case:
-        """The same setting with moments for every weight."""
-        return dataclasses.replace(self, child_state="dense", layout=None)
+        """The same setting with moments for every weight, one for all layouts."""
+        name = self.name.removesuffix(f"-{self.layout or 'chosen'}")
+        return dataclasses.replace(self, name=name, child_state="dense", layout=None)
 
     def options(self) -> dict[str, Any]:
         """The keyword arguments of FusedChildAdamW."""

@@ -251,6 +251,19 @@ def test_modules_say_which_ops_they_are_about() -> None:
     assert proof.ops_of(ROOT / "tests" / "ops" / "test_gradient_norm.py") == ("gradient_norm",)
 
 
+@pytest.mark.parametrize(("cores", "is_shared_out"), [(16, True), (2, False)])
+def test_many_processors_share_out_a_module(
+    cores: int, is_shared_out: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tests of dense steps compile for five minutes of one processor."""
+    asked: list[list[str]] = []
+    monkeypatch.setattr(proof, "available_cores", lambda: cores)
+    monkeypatch.setattr(proof, "_run_module", lambda path, ops, chosen, until: asked.append(chosen))
+    proof.run_table(Setting(CPU, tiny=False, deadline=0), 1.0)
+    assert len(asked) > 20
+    assert all(("--numprocesses" in each) == is_shared_out for each in asked)
+
+
 def test_a_contest_takes_all_of_its_ops(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path / "run.json", HEAD)
     setting = Setting(CPU, tiny=True, deadline=time.monotonic() + 60)

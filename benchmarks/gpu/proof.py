@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import itertools
 import os
 import re
@@ -15,6 +14,7 @@ import xml.etree.ElementTree as ElementTree
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -33,6 +33,8 @@ _TESTS = ROOT / "tests"
 _TINY_MODULE, _TINY_SELECTION = "tests/ops/test_keep_words.py", "test_steps"
 _TINY_FINDINGS = 6
 _MOST_AT_ONCE = 8  # each has a CUDA context
+# Of pytest-xdist, where it is there and many processors are: compiling is most of a module's time.
+_WORKERS = 4
 
 
 def ops_of(path: Path) -> tuple[str, ...]:
@@ -63,12 +65,16 @@ def run_table(setting: Setting, seconds: float) -> list[Record]:
     if setting.tiny:
         modules = {path: modules[path] for path in [ROOT / _TINY_MODULE]}
         selection = ["-k", _TINY_SELECTION]
-    if importlib.util.find_spec("pytest") is None:
+    if find_spec("pytest") is None:
         return [
             _record(path, ops, "did not run", "pytest is not installed")
             for path, ops in modules.items()
         ]
-    at_once = 1 if setting.tiny else max(1, min(_MOST_AT_ONCE, available_cores() // 2))
+    cores = available_cores()
+    workers = 0 if setting.tiny or cores < 2 * _WORKERS or not find_spec("xdist") else _WORKERS
+    at_once = 1 if setting.tiny else max(1, min(_MOST_AT_ONCE, cores // max(workers, 2)))
+    if workers:
+        selection += ["--numprocesses", str(workers), "--dist", "worksteal"]
     until = time.monotonic() + seconds
     with ThreadPoolExecutor(at_once) as pool:
         return list(
