@@ -4,8 +4,9 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # A file's tests stay together: some share what takes minutes to make. (Groups of pytest-xdist 3.8, which
-# would keep all tests of ranks in one worker, have no effect under pytest 9.2.)
-PYTEST := $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+# would keep all tests of ranks in one worker, have no effect under pytest 9.2.) A worker has a processor of its
+# own: threads of torch would wait for each other on it. Tests about threads set their number themselves.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 SOURCES := pyproject.toml setup.py constraints.txt $(wildcard csrc/* csrc/capability/*)
 
 .PHONY: help install finetune finetune-short low-precision test test-slow bench gpu check format docs dist info clean
