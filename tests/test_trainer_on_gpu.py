@@ -29,9 +29,12 @@ from .tiny_transformers import (
     weights_of,
 )
 
-pytestmark = pytest.mark.skipif(
-    not torch.cuda.is_available(), reason="there is no GPU, and fp16's loss scale needs one"
-)
+pytestmark = [
+    pytest.mark.usefixtures("one_thread"),
+    pytest.mark.skipif(
+        not torch.cuda.is_available(), reason="there is no GPU, and fp16's loss scale needs one"
+    ),
+]
 
 F = ChildTuningArguments("F", 0.3, scale_learning_rate=False)
 D = ChildTuningArguments("D", 0.1)
