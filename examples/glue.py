@@ -26,6 +26,7 @@ except ImportError as missing:
     sys.exit(f"{missing}; this example needs: python -m pip install tqdm matplotlib")
 
 from finetuning.labelled_text import InputError
+from finetuning.progress import tell_without_bar
 from glue_tasks.data import read_evaluation_set, read_task
 from glue_tasks.grid import Grid, Run, Settings, describe
 from glue_tasks.options import read_options
@@ -101,8 +102,7 @@ def run_all(todo: Sequence[Run], grid: Grid, results: Results, options: argparse
             scores = left[each.task].run(each, tell)
             seconds = round(time.perf_counter() - started, 1)
             results.append(each, scores, seconds=seconds, versions=versions())
-            if not sys.stderr.isatty():  # where the bar is not seen
-                print(f"{name}: {seconds} s", flush=True)
+            tell_without_bar(f"{name}: {seconds} s")
             progress.update()
             if each.task not in {other.task for other in todo[number + 1 :]}:
                 del left[each.task]  # and its data

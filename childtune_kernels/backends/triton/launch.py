@@ -87,9 +87,8 @@ _GENERATIONS: dict[str, dict[str, Config]] = {
     },
 }
 _DEFAULTS = {
-    "child_adamw_light": Config(
-        1024, 8
-    ),  # of dense state, without master weights or random rounding
+    # Light: of dense state, without master weights or random rounding.
+    "child_adamw_light": Config(1024, 8),
     "child_adamw": Config(1024, 8),
     "child_adamw_compact": Config(1024, 8),
     "child_adamw_runs": Config(1024, 8),
